@@ -1,0 +1,32 @@
+# Everything runs in .venv, made on first use from pyproject.toml with the versions in constraints.txt.
+PYTHON ?= python3
+BIN := .venv/bin
+
+.PHONY: demo test lint bench zoo clean
+demo: .venv/.core
+	$(BIN)/python -m finetune_lens.demo
+
+test: .venv/.dev lint
+	$(BIN)/python -m pytest
+
+lint: .venv/.dev
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+bench: .venv/.dev
+	$(BIN)/python benchmarks/loading.py
+
+zoo: .venv/.core
+	$(BIN)/python -m finetune_lens.zoo build --all
+
+.venv/.core: pyproject.toml constraints.txt
+	$(PYTHON) -m venv .venv
+	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e .
+	touch $@
+
+.venv/.dev: .venv/.core
+	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
+	touch $@
+
+clean:
+	rm -rf .venv runs

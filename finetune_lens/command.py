@@ -1,0 +1,163 @@
+"""What every command shares: the common options, exit codes, progress, and the output folder.
+
+A command is a plain function with typer annotations and one parameter `common: Common`; `run` replaces that parameter
+by the options all commands have. Exit codes: 0 done, 1 a check failed, 2 bad input, 130 interrupted.
+"""
+
+import dataclasses
+import functools
+import inspect
+import json
+import os
+import shutil
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from finetune_lens.errors import InputError
+
+if TYPE_CHECKING:
+    from finetune_lens.results import Result
+
+Base = Annotated[str, typer.Argument(metavar="BASE", help="Base model: file, folder, or cached hub id (NAME@REVISION).")]
+Tuned = Annotated[
+    str, typer.Argument(metavar="TUNED", help="Tuned model: file, folder, PEFT adapter folder, or cached hub id.")
+]
+
+
+@dataclasses.dataclass
+class Common:
+    """The options that all commands have (see `python -m finetune_lens.intruders --help`)."""
+
+    out: Annotated[Path | None, typer.Option(help="Output folder.  [default: runs/NAME]", show_default=False)] = None
+    device: Annotated[str, typer.Option(help="cpu, cuda, cuda:1 …; auto takes a GPU when there is one.")] = "auto"
+    seed: Annotated[int, typer.Option(help="Seed of everything random.")] = 0
+    force: Annotated[bool, typer.Option("--force", help="Overwrite results that are already in the folder.")] = False
+    json: Annotated[bool, typer.Option("--json", help="Print one JSON object on standard output.")] = False
+    plots: Annotated[bool, typer.Option("--plots/--no-plots", help="Draw the figures.")] = True
+    quiet: Annotated[bool, typer.Option("--quiet", help="No progress bar and no messages.")] = False
+    online: Annotated[bool, typer.Option("--online", help="Ask the hub for what is not cached.")] = False
+    debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")] = False
+
+    def say(self, *words: object) -> None:
+        """A message to standard error."""
+        if not self.quiet:
+            print(*words, file=sys.stderr)
+
+
+class CheckFailed(Exception):
+    """Raised by a command when it ran to its end and a check did not hold: exit code 1."""
+
+
+def run(function: Callable[..., None]) -> None:
+    """Run `function` as the command line of its module.
+
+    The parameter named `common` is replaced by the fields of `Common`. Errors of the user's making end in one line on
+    standard error; `--debug` shows the traceback.
+    """
+    fields = dataclasses.fields(Common)
+    signature = inspect.signature(function)
+    own = [p for p in signature.parameters.values() if p.name != "common"]
+    shared = [
+        inspect.Parameter(f.name, inspect.Parameter.KEYWORD_ONLY, default=f.default, annotation=f.type) for f in fields
+    ]
+
+    @functools.wraps(function)
+    def guarded(**options: Any) -> None:
+        common = Common(**{f.name: options.pop(f.name) for f in fields})
+        try:
+            function(**options, common=common)
+        except InputError as error:
+            if common.debug:
+                raise
+            print(f"error: {error}", file=sys.stderr)
+            raise typer.Exit(2) from None
+        except CheckFailed as failure:
+            print(f"check failed: {failure}", file=sys.stderr)
+            raise typer.Exit(1) from None
+        except KeyboardInterrupt:
+            print("interrupted; run the same command again to continue", file=sys.stderr)
+            raise typer.Exit(130) from None
+
+    del guarded.__wrapped__  # else typer would follow it to the signature with `common`
+    guarded.__signature__ = signature.replace(parameters=[*own, *shared])
+    app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None)
+    app.command()(guarded)
+    app(prog_name=f"python -m {function.__module__}")
+
+
+@contextmanager
+def whole_file(path: Path) -> Iterator[Path]:
+    """Write to a temporary name beside `path` and rename: a file that exists is whole."""
+    temporary = path.with_name(f".{os.getpid()}-{path.name}")
+    try:
+        yield temporary
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+class OutputFolder:
+    """`DIR` of a command called `name`: NAME.nc, NAME.csv, run.json, figures/NAME-*.{pdf,png}.
+
+    Made in two steps so that bad input leaves nothing behind: the constructor only looks (an existing result is an
+    error unless `force`), `open` makes the folder once the input is known to be good.
+    """
+
+    def __init__(self, path: Path | None, name: str, *, force: bool):
+        self.name = name
+        self.path = Path("runs", name) if path is None else path
+        if self.result.exists() and not force:
+            raise InputError(f"{self.result} exists and would be overwritten; choose another --out, or pass --force")
+
+    @property
+    def result(self) -> Path:
+        return self.path / f"{self.name}.nc"
+
+    @property
+    def partial(self) -> Path:
+        """Where finished chunks wait for the rest."""
+        return self.path / ".partial"
+
+    def open(self) -> None:
+        """Make the folder and show that it can be written to."""
+        probe = self.path / f".{os.getpid()}-probe"
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+            probe.touch()
+            probe.unlink()
+        except OSError as error:
+            raise InputError(f"cannot write to the output folder {self.path}: {error.strerror}; choose another --out")
+
+    def write(self, result: "Result") -> None:
+        """Save the result, its table and its provenance, each file whole or absent; drop the finished chunks."""
+        with whole_file(self.path / f"{self.name}.csv") as path:
+            result.to_frame().to_csv(path, index=False)
+        with whole_file(self.path / "run.json") as path:
+            path.write_text(json.dumps(result.provenance, indent=1))
+        with whole_file(self.result) as path:
+            result.save(path)
+        shutil.rmtree(self.partial, ignore_errors=True)
+
+    def draw(self, **figures: Callable[[], Any]) -> list[Path]:
+        """Draw each `title=function returning a matplotlib Figure` to figures/NAME-title.pdf and .png."""
+        import matplotlib
+
+        matplotlib.use("agg")
+        import matplotlib.pyplot as plt
+
+        written = []
+        (self.path / "figures").mkdir(exist_ok=True)
+        for title, make in figures.items():
+            figure = make()
+            for kind in ("pdf", "png"):
+                target = self.path / "figures" / f"{self.name}-{title.replace('_', '-')}.{kind}"
+                with whole_file(target) as path:
+                    figure.savefig(path, format=kind)
+                written.append(target)
+            plt.close(figure)
+        return written
