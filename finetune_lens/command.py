@@ -29,18 +29,11 @@ Tuned = Annotated[
 ]
 
 
-@dataclasses.dataclass
-class Common:
-    """The options that all commands have (see `python -m finetune_lens.intruders --help`)."""
+@dataclasses.dataclass(kw_only=True)
+class Basic:
+    """The options that every command has."""
 
-    out: Annotated[Path | None, typer.Option(help="Output folder.  [default: runs/NAME]", show_default=False)] = None
-    device: Annotated[str, typer.Option(help="cpu, cuda, cuda:1 …; auto takes a GPU when there is one.")] = "auto"
-    seed: Annotated[int, typer.Option(help="Seed of everything random.")] = 0
-    force: Annotated[bool, typer.Option("--force", help="Overwrite results that are already in the folder.")] = False
-    json: Annotated[bool, typer.Option("--json", help="Print one JSON object on standard output.")] = False
-    plots: Annotated[bool, typer.Option("--plots/--no-plots", help="Draw the figures.")] = True
     quiet: Annotated[bool, typer.Option("--quiet", help="No progress bar and no messages.")] = False
-    online: Annotated[bool, typer.Option("--online", help="Ask the hub for what is not cached.")] = False
     debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")] = False
 
     def say(self, *words: object) -> None:
@@ -49,18 +42,41 @@ class Common:
             print(*words, file=sys.stderr)
 
 
+@dataclasses.dataclass(kw_only=True)
+class Common(Basic):
+    """The options that every analysis has."""
+
+    out: Annotated[Path | None, typer.Option(help="Output folder.  [default: runs/NAME]", show_default=False)] = None
+    device: Annotated[str, typer.Option(help="cpu, cuda, cuda:1 …; auto takes a GPU when there is one.")] = "auto"
+    seed: Annotated[int, typer.Option(help="Seed of everything random.")] = 0
+    limit: Annotated[int | None, typer.Option(min=1, help="Only the first N.  [default: all]", show_default=False)] = None
+    force: Annotated[bool, typer.Option("--force", help="Overwrite results that are already in the folder.")] = False
+    json: Annotated[bool, typer.Option("--json", help="Print one JSON object on standard output.")] = False
+    plots: Annotated[bool, typer.Option("--plots/--no-plots", help="Draw the figures.")] = True
+    online: Annotated[bool, typer.Option("--online", help="Ask the hub for what is not cached.")] = False
+
+
 class CheckFailed(Exception):
     """Raised by a command when it ran to its end and a check did not hold: exit code 1."""
 
 
-def run(function: Callable[..., None]) -> None:
-    """Run `function` as the command line of its module.
+def run(*functions: Callable[..., None]) -> None:
+    """Run `function` as the command line of its module; of several, each is a subcommand under its own name.
 
-    The parameter named `common` is replaced by the fields of `Common`. Errors of the user's making end in one line on
-    standard error; `--debug` shows the traceback.
+    The parameter `common`, annotated with `Basic` or `Common`, is replaced by the fields of that class. Errors of the
+    user's making end in one line on standard error; `--debug` shows the traceback.
     """
-    fields = dataclasses.fields(Common)
+    app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None)
+    for function in functions:
+        app.command(name=function.__name__)(_guarded(function))
+    app(prog_name=f"python -m {functions[0].__module__}")
+
+
+def _guarded(function: Callable[..., None]) -> Callable[..., None]:
+    """`function` with `common` opened up into options, and exceptions turned into exit codes."""
     signature = inspect.signature(function)
+    kind = signature.parameters["common"].annotation
+    fields = dataclasses.fields(kind)
     own = [p for p in signature.parameters.values() if p.name != "common"]
     shared = [
         inspect.Parameter(f.name, inspect.Parameter.KEYWORD_ONLY, default=f.default, annotation=f.type) for f in fields
@@ -68,7 +84,7 @@ def run(function: Callable[..., None]) -> None:
 
     @functools.wraps(function)
     def guarded(**options: Any) -> None:
-        common = Common(**{f.name: options.pop(f.name) for f in fields})
+        common = kind(**{f.name: options.pop(f.name) for f in fields})
         try:
             function(**options, common=common)
         except InputError as error:
@@ -85,9 +101,7 @@ def run(function: Callable[..., None]) -> None:
 
     del guarded.__wrapped__  # else typer would follow it to the signature with `common`
     guarded.__signature__ = signature.replace(parameters=[*own, *shared])
-    app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None)
-    app.command()(guarded)
-    app(prog_name=f"python -m {function.__module__}")
+    return guarded
 
 
 @contextmanager
