@@ -11,21 +11,28 @@ import json
 import os
 import shutil
 import sys
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from finetune_lens.errors import InputError
+from finetune_lens.files import whole_file
 
 if TYPE_CHECKING:
     from finetune_lens.results import Result
 
-Base = Annotated[str, typer.Argument(metavar="BASE", help="Base model: file, folder, or cached hub id (NAME@REVISION).")]
-Tuned = Annotated[
-    str, typer.Argument(metavar="TUNED", help="Tuned model: file, folder, PEFT adapter folder, or cached hub id.")
+Base = Annotated[
+    str, typer.Argument(metavar="BASE", help="Base model: file, folder, or cached hub id (NAME@REVISION).")
+]
+Tuned = Annotated[str, typer.Argument(metavar="TUNED", help="Tuned model: the same, or a PEFT adapter folder.")]
+Fused = Annotated[bool, typer.Option("--fused", help="Keep fused q/k/v and gate/up in one piece.")]
+Orientation = Annotated[
+    str, typer.Option(help="GPT-2-style weights: auto (from the shapes), conv1d (in, out), linear (out, in).")
+]
+AllowNonfinite = Annotated[
+    bool, typer.Option("--allow-nonfinite", help="Exit 0 although weights with NaN or Inf were left out.")
 ]
 
 
@@ -49,7 +56,9 @@ class Common(Basic):
     out: Annotated[Path | None, typer.Option(help="Output folder.  [default: runs/NAME]", show_default=False)] = None
     device: Annotated[str, typer.Option(help="cpu, cuda, cuda:1 …; auto takes a GPU when there is one.")] = "auto"
     seed: Annotated[int, typer.Option(help="Seed of everything random.")] = 0
-    limit: Annotated[int | None, typer.Option(min=1, help="Only the first N.  [default: all]", show_default=False)] = None
+    limit: Annotated[int | None, typer.Option(min=1, help="Only the first N.  [default: all]", show_default=False)] = (
+        None
+    )
     force: Annotated[bool, typer.Option("--force", help="Overwrite results that are already in the folder.")] = False
     json: Annotated[bool, typer.Option("--json", help="Print one JSON object on standard output.")] = False
     plots: Annotated[bool, typer.Option("--plots/--no-plots", help="Draw the figures.")] = True
@@ -104,17 +113,6 @@ def _guarded(function: Callable[..., None]) -> Callable[..., None]:
     return guarded
 
 
-@contextmanager
-def whole_file(path: Path) -> Iterator[Path]:
-    """Write to a temporary name beside `path` and rename: a file that exists is whole."""
-    temporary = path.with_name(f".{os.getpid()}-{path.name}")
-    try:
-        yield temporary
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
 class OutputFolder:
     """`DIR` of a command called `name`: NAME.nc, NAME.csv, run.json, figures/NAME-*.{pdf,png}.
 
@@ -145,7 +143,9 @@ class OutputFolder:
             probe.touch()
             probe.unlink()
         except OSError as error:
-            raise InputError(f"cannot write to the output folder {self.path}: {error.strerror}; choose another --out")
+            raise InputError(
+                f"cannot write to the output folder {self.path}: {error.strerror}; choose another --out"
+            ) from None
 
     def write(self, result: "Result") -> None:
         """Save the result, its table and its provenance, each file whole or absent; drop the finished chunks."""
@@ -157,8 +157,8 @@ class OutputFolder:
             result.save(path)
         shutil.rmtree(self.partial, ignore_errors=True)
 
-    def draw(self, **figures: Callable[[], Any]) -> list[Path]:
-        """Draw each `title=function returning a matplotlib Figure` to figures/NAME-title.pdf and .png."""
+    def draw(self, figures: dict[str, Callable[[], Any]]) -> list[Path]:
+        """Draw each title → function returning a matplotlib Figure to figures/NAME-title.pdf and .png."""
         import matplotlib
 
         matplotlib.use("agg")
@@ -175,3 +175,57 @@ class OutputFolder:
                 written.append(target)
             plt.close(figure)
         return written
+
+
+def analyse_weights(
+    name: str,
+    base: str,
+    tuned: str,
+    analysis: Callable[..., "Result"],
+    common: Common,
+    *,
+    fused: bool,
+    orientation: str,
+    allow_nonfinite: bool,
+    **options: Any,
+) -> None:
+    """The course of every command that compares the weights of two checkpoints: load, analyse, save, draw, tell."""
+    folder = OutputFolder(common.out, name, force=common.force)
+
+    from finetune_lens.pair import ModelPair
+
+    pair = ModelPair.load(base, tuned, online=common.online, fused=fused, orientation=orientation)
+    common.say(pair.alignment.summary())
+    folder.open()
+    result = analysis(
+        pair,
+        limit=common.limit,
+        device=common.device,
+        progress=not common.quiet,
+        partial=folder.partial,
+        **options,
+    )
+    folder.write(result)
+    figures = []
+    if common.plots:
+        from finetune_lens import plots
+
+        figures = folder.draw(plots.figures_of(result))
+    if common.json:
+        record = {
+            "kind": name,
+            "out": str(folder.path),
+            "headline": result.headline(),
+            "alignment": pair.alignment.summary().splitlines(),
+            "excluded": result.provenance["excluded"],
+            "figures": [str(p) for p in figures],
+        }
+        print(json.dumps(record, ensure_ascii=False))
+    else:
+        print(result.summary())
+        common.say(f"saved in {folder.path}/" + (f"; figures in {folder.path / 'figures'}/" if figures else ""))
+    if result.provenance["excluded"] and not allow_nonfinite:
+        raise CheckFailed(
+            f"{len(result.provenance['excluded'])} weights hold NaN or Inf and were left out (listed above); "
+            "pass --allow-nonfinite to accept that"
+        )

@@ -1,0 +1,48 @@
+"""What did fine-tuning do to this model?
+
+>>> import finetune_lens as fl                              # doctest: +SKIP
+>>> pair = fl.ModelPair.load("base", "tuned")               # doctest: +SKIP
+>>> found = fl.find_intruders(pair)                         # doctest: +SKIP
+>>> found.count(epsilon=0.5, k=10)                          # doctest: +SKIP
+
+Names are resolved on first use, so that importing the package imports neither torch nor matplotlib.
+"""
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+__version__ = "0.1.0"
+__all__ = ["InputError", "ModelPair", "find_intruders", "load", "measure_updates", "plots", "results", "zoo"]
+
+# Public name → the module it lives in; a module's own name stands for itself.
+_WHERE = {
+    "InputError": "errors",
+    "ModelPair": "pair",
+    "find_intruders": "intruders",
+    "measure_updates": "updates",
+    "load": "results",
+    "plots": "plots",
+    "results": "results",
+    "zoo": "zoo",
+}
+
+if TYPE_CHECKING:  # for editors
+    from finetune_lens import plots, results, zoo
+    from finetune_lens.errors import InputError
+    from finetune_lens.intruders import find_intruders
+    from finetune_lens.pair import ModelPair
+    from finetune_lens.results import load
+    from finetune_lens.updates import measure_updates
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _WHERE:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    module = importlib.import_module(f"{__name__}.{_WHERE[name]}")
+    value = module if name == _WHERE[name] else getattr(module, name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *_WHERE})

@@ -1,0 +1,146 @@
+"""PEFT adapters: LoRA as a factored update, everything else through PEFT itself as a dense one."""
+
+import re
+import warnings
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from finetune_lens.checkpoints.files import fingerprint, from_module, open_pickle, open_safetensors, read_json
+from finetune_lens.checkpoints.stored import Checkpoint, LowRank, Stored, unwrapped
+from finetune_lens.errors import InputError
+
+# Adapters that feed the model extra tokens or activations and change no weight.
+NO_WEIGHTS = {
+    "PROMPT_TUNING", "PREFIX_TUNING", "P_TUNING", "MULTITASK_PROMPT_TUNING", "ADAPTION_PROMPT", "CPT", "CARTRIDGE",
+    "XLORA",
+}  # fmt: skip
+# LoRA options that make the update something else than scale · B @ A. PEFT computes those.
+NOT_FACTORED = (
+    "use_dora", "lora_bias", "layer_replication", "trainable_token_indices", "target_parameters", "use_qalora",
+    "alora_invocation_tokens", "arrow_config", "velora_config", "use_bdlora", "kasa_config", "monteclora_config",
+)  # fmt: skip
+# Initialisations that change the base weights, and that PEFT repeats exactly when it loads the adapter.
+BASE_CHANGING = ("pissa", "olora")
+# Initialisations that change the base weights in a way that cannot be repeated from the adapter alone.
+NOT_REPEATABLE = ("pissa_niter", "corda", "loftq", "lora_ga")
+UNCHANGED_BASE = (True, False, None, "gaussian", "eva", "orthogonal")
+
+FACTOR = re.compile(r"^(?P<module>.+)\.lora_(?:embedding_)?(?P<side>[AB])(\.weight)?$")
+
+
+def open_adapter(folder: Path) -> Checkpoint:
+    """Open a PEFT adapter folder.
+
+    Plain LoRA (rank-stabilised or not, per-module ranks and alphas, Conv1D, embeddings, `modules_to_save`, trained
+    biases) stays factored. Whatever changes weights in another way is marked to be merged by PEFT onto the base
+    (`merge_adapter`).
+
+    Raises:
+        InputError: no weights, an adapter that changes no weight, or one whose base cannot be rebuilt.
+    """
+    config = read_json(folder / "adapter_config.json")
+    kind = str(config.get("peft_type", "")).upper()
+    if not kind:
+        raise InputError(f"{folder / 'adapter_config.json'} has no peft_type; expected the config that PEFT writes")
+    if kind in NO_WEIGHTS:
+        raise InputError(f"{folder} is a {kind} adapter: it changes no weight of the model, so there is no update")
+    file = next(
+        (folder / n for n in ("adapter_model.safetensors", "adapter_model.bin") if (folder / n).is_file()), None
+    )
+    if file is None:
+        raise InputError(f"{folder} has an adapter_config.json but no adapter_model.safetensors (or .bin)")
+    raw = open_safetensors(file) if file.suffix == ".safetensors" else open_pickle(file)[0]
+    raw = {unwrapped(name): stored for name, stored in raw.items()}
+    checkpoint = Checkpoint(
+        source=str(folder),
+        tensors={},
+        factors={},
+        origin={
+            "files": [str(file)],
+            "peft_type": kind,
+            "rank": config.get("r"),
+            "base_model_name_or_path": config.get("base_model_name_or_path"),
+        },
+        fingerprint=fingerprint([file, folder / "adapter_config.json"]),
+    )
+    init = config.get("init_lora_weights", True)
+    if kind == "LORA" and isinstance(init, str) and init.startswith(NOT_REPEATABLE):
+        raise InputError(
+            f"{folder}: init_lora_weights={init!r} changed the base in a way that the adapter alone does not tell; "
+            "save it with PEFT's path_initial_model_for_weight_conversion, or give the merged model"
+        )
+    pairs = _pairs(raw)
+    if kind != "LORA" or init not in UNCHANGED_BASE or any(config.get(o) for o in NOT_FACTORED) or pairs is None:
+        checkpoint.factors = None
+        checkpoint.origin["merge"] = str(folder)
+        return checkpoint
+    checkpoint.factors = {
+        module: _factor(a, b, _scale(config, module, a.shape[0]), module, folder) for module, (a, b) in pairs.items()
+    }
+    checkpoint.tensors = {name: stored for name, stored in raw.items() if ".lora_" not in name}
+    return checkpoint
+
+
+def _pairs(raw: dict[str, Stored]) -> dict[str, tuple[Stored, Stored]] | None:
+    """Module → (A, B); None when the file holds LoRA tensors of another kind."""
+    halves: dict[str, dict[str, Stored]] = {}
+    for name, stored in raw.items():
+        if ".lora_" not in name:
+            continue
+        match = FACTOR.match(name)
+        if match is None or len(stored.shape) != 2:
+            return None
+        halves.setdefault(match["module"], {})[match["side"]] = stored
+    if not halves or any(set(h) != {"A", "B"} for h in halves.values()):
+        return None
+    return {module: (h["A"], h["B"]) for module, h in halves.items()}
+
+
+def _scale(config: dict[str, Any], module: str, rank: int) -> float:
+    """alpha / r, or alpha / √r when rank-stabilised; r as the file has it, alpha by PEFT's own pattern rule."""
+    patterns = config.get("alpha_pattern") or {}
+    key = next((k for k in patterns if re.match(rf"(.*\.)?({k})$", module)), None)
+    alpha = patterns[key] if key is not None else config.get("lora_alpha", 8)
+    return alpha / rank**0.5 if config.get("use_rslora") else alpha / rank
+
+
+def _factor(a: Stored, b: Stored, scale: float, module: str, folder: Path) -> Any:
+    if a.shape[0] != b.shape[1]:
+        raise InputError(f"{folder}: {module}: lora_A {a.shape} and lora_B {b.shape} do not share a rank")
+    return lambda: LowRank(b.read(), a.read(), scale)
+
+
+def merge_adapter(base: Checkpoint, adapter: Checkpoint) -> Checkpoint:
+    """The base with the adapter merged by PEFT, as float32 weights in memory. Costs the whole model in memory.
+
+    The base is built anew from its folder, so that initialisations that replace it (PiSSA, OLoRA) are repeated by PEFT;
+    what they are compared with is the original base.
+    """
+    import transformers
+    from peft import PeftModel
+
+    folder, kind = adapter.origin["merge"], adapter.origin["peft_type"]
+    name = ((base.config or {}).get("architectures") or [None])[0]
+    location = base.origin.get("files", [None])[0]
+    if name is None or location is None or not hasattr(transformers, name):
+        raise InputError(
+            f"{folder}: a {kind} adapter of this kind is merged by PEFT, which needs the base as a Hugging Face folder "
+            f"with its config.json; {base.source} is not one"
+        )
+    model = getattr(transformers, name).from_pretrained(
+        Path(location).parent, dtype=torch.float32, local_files_only=True, trust_remote_code=False
+    )
+    try:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("error", message="Found missing adapter keys")
+            merged = PeftModel.from_pretrained(model, folder, local_files_only=True).merge_and_unload()
+    except (RuntimeError, ValueError, KeyError, TypeError, UserWarning) as error:
+        reason = str(error).splitlines()[0]
+        raise InputError(f"{folder}: PEFT cannot put this {kind} adapter onto {base.source}: {reason}") from None
+    checkpoint = from_module(merged)
+    checkpoint.source, checkpoint.config, checkpoint.fingerprint = adapter.source, base.config, adapter.fingerprint
+    checkpoint.notes = [f"{kind} adapter merged by PEFT in float32"]
+    checkpoint.origin = {k: v for k, v in adapter.origin.items() if k != "merge"}
+    return checkpoint

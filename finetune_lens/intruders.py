@@ -1,0 +1,276 @@
+"""Which leading singular directions of the tuned weights did the base not have?
+
+The j-th left singular vector u_j of W1 (out, in) is an *intruder* when max_i |⟨u_j, x_i⟩| < ε over **all** left
+singular vectors x_i of W0; counted over j ≤ k in descending σ, summed over the matrices (Shuttleworth et al. 2024,
+"LoRA vs Full Fine-tuning: An Illusion of Equivalence", arXiv 2410.21228, §3; k = 10, ε = 0.5). The right side is the
+same on Wᵀ. A count comes with two nulls: random updates of Δ's norm and rank with the energy spread evenly, and random
+updates with Δ's own singular values; verdicts cite the second.
+
+Cost a matrix, p = min(out, in): two eigendecompositions of order p (≈ 22·p³ flops) and one (4/3·p³) per null draw.
+Memory: a few float64 copies of the largest matrix, whatever the model's size.
+
+>>> import torch
+>>> from finetune_lens import ModelPair, find_intruders
+>>> base = {"layers.0.mlp.up_proj.weight": torch.diag(torch.arange(40.0, 0, -1))}
+>>> u = torch.ones(40) / 40**0.5                             # at 1/√40 to every singular vector of the base
+>>> tuned = {"layers.0.mlp.up_proj.weight": base["layers.0.mlp.up_proj.weight"] + 500 * torch.outer(u, u)}
+>>> find_intruders(ModelPair.load(base, tuned), progress=False).count(k=1)
+1
+"""
+
+import hashlib
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+import numpy as np
+
+from finetune_lens.errors import InputError
+from finetune_lens.results.provenance import recorded
+
+if TYPE_CHECKING:
+    import torch
+
+    from finetune_lens.pair import Matrix, ModelPair
+    from finetune_lens.results.intruders import Intruders
+    from finetune_lens.stream import Row
+
+NULLS = ("evenly", "spectrum")
+
+
+@recorded
+def find_intruders(
+    pair: "ModelPair",
+    *,
+    epsilon: float = 0.5,
+    k: int = 10,
+    side: Literal["left", "right", "both"] = "left",
+    null_draws: int = 5,
+    null_ranks: int = 50,
+    gap: float = 0.01,
+    similarity_ranks: int = 50,
+    embeddings: bool = False,
+    limit: int | None = None,
+    seed: int = 0,
+    device: str = "auto",
+    progress: bool = True,
+    partial: Path | None = None,
+) -> "Intruders":
+    """Count intruder dimensions, with nulls and error bounds, for every ε and k at once.
+
+    Args:
+        pair: base and tuned, aligned.
+        epsilon, k: the threshold and the number of leading vectors that the summary judges by. The result answers for
+            every other ε and k too.
+        side: left (output space), right (input space), or both.
+        null_draws: random updates per null and matrix; 0 for none.
+        null_ranks: leading vectors that the nulls cover (at least k).
+        gap: relative σ window within which base vectors count as near-degenerate.
+        similarity_ranks: side of the block of |U0ᵀU1| that is kept for the figure.
+        embeddings: include embeddings and unembedding (left out by default, as published).
+        limit: only the first so many matrices.
+        seed: of the nulls.
+        device: where the decompositions run; "auto" takes a GPU when there is one.
+        partial: folder in which finished matrices wait, so that an interrupted run continues.
+
+    Raises:
+        InputError: an option out of range, or no matrix to compare.
+    """
+    from finetune_lens import device as devices
+    from finetune_lens.stream import each_matrix
+
+    if not 0 < epsilon <= 1:
+        raise InputError(f"epsilon is a cosine in (0, 1]; found {epsilon}")
+    if k < 1 or null_draws < 0:
+        raise InputError(f"k is at least 1 and null_draws at least 0; found {k} and {null_draws}")
+    if side not in ("left", "right", "both"):
+        raise InputError(f"side is left, right or both; found {side!r}")
+    sides = ("left", "right") if side == "both" else (side,)
+    names = pair.names(embeddings=embeddings)[:limit]
+    if not names:
+        raise InputError("no matrix to compare: the checkpoints share vectors only, or embeddings alone")
+    where = devices.choose(device)
+    null_ranks = max(k, null_ranks)
+    options = {
+        "epsilon": epsilon, "k": k, "sides": sides, "null_draws": null_draws, "null_ranks": null_ranks, "gap": gap,
+        "similarity_ranks": similarity_ranks, "seed": seed, "device": where,
+    }  # fmt: skip
+    rows = each_matrix(
+        pair,
+        names,
+        lambda matrix: _measure(matrix, **options),
+        progress=progress,
+        partial=partial,
+        arguments=options | {"analysis": "intruders"},
+    )
+    if not rows.rows:
+        raise InputError(f"no matrix is finite on both sides: {rows.excluded}")
+    return _assemble(rows, options)
+
+
+def _measure(
+    matrix: "Matrix",
+    *,
+    epsilon: float,
+    k: int,
+    sides: tuple[str, ...],
+    null_draws: int,
+    null_ranks: int,
+    gap: float,
+    similarity_ranks: int,
+    seed: int,
+    device: "torch.device",
+) -> "Row":
+    """Everything the result keeps of one matrix."""
+    import torch
+
+    from finetune_lens import linalg
+
+    base = matrix.base.to(device, torch.float64)
+    p = min(base.shape)
+    k = min(k, p)
+    if matrix.update is None:
+        delta = matrix.delta(torch.float64, device)
+        delta_values = linalg.singular_values(delta)
+        unchanged = not bool(delta.any())
+        del delta
+    else:
+        delta_values = linalg.low_rank_values(matrix.update.left, matrix.update.right).to(device)
+        delta_values = abs(matrix.update.scale) * delta_values
+        unchanged = not bool(delta_values.any())
+    null_max_cos = np.zeros((2, null_draws, len(sides), min(null_ranks, p)), np.float32)
+    if unchanged:  # the same basis on both sides by definition, however degenerate it is
+        values = linalg.singular_values(base)
+        found, route, tuned_values = [_unchanged(p, min(similarity_ranks, p)) for _ in sides], "unchanged", values
+        base_values, null_max_cos = values, null_max_cos + 1
+    else:
+        tuned = matrix.tuned_dense(torch.float64, device)
+        route = "auto"
+        while True:
+            one = linalg.decompose(base, sides=sides, route=route)
+            other = linalg.decompose(tuned, sides=sides, route=route)
+            found = [
+                linalg.match(one.side(s), other.side(s), k=p, gap=gap, block=min(similarity_ranks, p)) for s in sides
+            ]
+            open_ = any(bool(((m.lower < epsilon) & (m.upper >= epsilon))[:k].any()) for m in found)
+            if one.route == "svd" or not open_:
+                break
+            route = "svd"  # what the squared values cannot tell, the values themselves may
+        route, base_values, tuned_values = one.route, one.values, other.values
+        del tuned, one, other
+    noise = (torch.finfo(matrix.base.dtype).eps if matrix.base.dtype.is_floating_point else 0) * base_values[0]
+    delta_rank = int((delta_values > max(float(noise), p * linalg.EPS * float(delta_values[0]))).sum())
+    if not unchanged and null_draws:
+        kept = delta_values[: max(delta_rank, 1)]
+        even = torch.full_like(kept, float(delta_values.square().sum().sqrt()) / len(kept) ** 0.5)
+        for n, values in enumerate((even, kept)):
+            for draw in range(null_draws):
+                cosines = linalg.null_max_cos(
+                    base_values, values, tuple(base.shape), k=null_max_cos.shape[-1], sides=sides,
+                    generator=_generator(seed, matrix.name, NULLS[n], draw), device=device,
+                )  # fmt: skip
+                null_max_cos[n, draw] = np.stack([cosines[s].cpu().numpy() for s in sides])
+    row: Row = {
+        "sigma": tuned_values.cpu().numpy(),
+        "sigma_base": base_values.cpu().numpy(),
+        "gap_": linalg.relative_gaps(tuned_values).cpu().numpy(),
+        "null_max_cos": null_max_cos,
+        "delta_norm": float(delta_values.square().sum().sqrt()),
+        "base_norm": float(base_values.square().sum().sqrt()),
+        "delta_rank": delta_rank,
+        "effective_rank": linalg.effective_rank(delta_values),
+        "unchanged": unchanged,
+        "route": route,
+        "out": base.shape[0],
+        "in": base.shape[1],
+    }
+    for field in ("max_cos", "lower", "upper", "subspace_cos", "similarity"):
+        row[field] = np.stack([getattr(m, field).cpu().numpy() for m in found])
+    row["similarity"] = row["similarity"].astype(np.float32)
+    row["best_base_rank"] = np.stack([m.best.cpu().numpy() + 1.0 for m in found])
+    return row
+
+
+def _unchanged(p: int, block: int) -> Any:
+    """The match of a basis with itself."""
+    import torch
+
+    from finetune_lens.linalg import Match
+
+    one = torch.ones(p, dtype=torch.float64)
+    return Match(one, torch.arange(p), one, one, one, torch.eye(block, dtype=torch.float64))
+
+
+def _generator(seed: int, *words: object) -> "torch.Generator":
+    """A stream of its own for each matrix, null and draw, whatever the order or number of matrices."""
+    import torch
+
+    digest = hashlib.sha256(repr((seed, *words)).encode()).digest()
+    return torch.Generator().manual_seed(int.from_bytes(digest[:8], "big") >> 1)
+
+
+def _assemble(rows: Any, options: dict[str, Any]) -> "Intruders":
+    import xarray as xr
+
+    from finetune_lens.results.intruders import Intruders
+
+    per_vector = dict.fromkeys(("max_cos", "lower", "upper", "best_base_rank", "subspace_cos"), ("side", "rank"))
+    scalars = ("delta_norm", "base_norm", "delta_rank", "effective_rank", "unchanged", "route", "out", "in")
+    variables = rows.variables(
+        **per_vector,
+        sigma=("rank",),
+        sigma_base=("rank",),
+        gap_=("rank",),
+        similarity=("side", "similarity_rank", "similarity_base_rank"),
+        **dict.fromkeys(scalars, ()),
+    )
+    if options["null_draws"]:
+        variables |= rows.variables(null_max_cos=("null", "draw", "side", "null_rank"))
+    data = xr.Dataset(variables).rename(gap_="gap")
+    ranks = {d: np.arange(1, data.sizes[d] + 1) for d in data.dims if str(d).endswith("rank")}
+    labels = {"null": list(NULLS)} if options["null_draws"] else {}
+    data = data.assign_coords(rows.coordinates() | ranks | labels | {"side": list(options["sides"])})
+    data["unchanged"] = data["unchanged"].astype(bool)
+    data = data.transpose("null", "draw", "side", "matrix", ..., missing_dims="ignore")
+    data.attrs = {
+        "epsilon": options["epsilon"],
+        "k": options["k"],
+        "gap": options["gap"],
+        "provenance": rows.provenance(options["device"]),
+    }
+    return Intruders(data)
+
+
+def main() -> None:
+    import typer
+
+    from finetune_lens.command import AllowNonfinite, Base, Common, Fused, Orientation, Tuned, analyse_weights, run
+
+    def intruders(
+        base: Base,
+        tuned: Tuned,
+        *,
+        epsilon: Annotated[float, typer.Option(help="Threshold on max |cos|.")] = 0.5,
+        k: Annotated[int, typer.Option(help="Leading singular vectors judged in each matrix.")] = 10,
+        side: Annotated[str, typer.Option(help="left, right or both.")] = "left",
+        null_draws: Annotated[int, typer.Option(help="Random updates per null and matrix; 0 for none.")] = 5,
+        embeddings: Annotated[bool, typer.Option("--embeddings", help="Include embeddings and unembedding.")] = False,
+        fused: Fused = False,
+        orientation: Orientation = "auto",
+        allow_nonfinite: AllowNonfinite = False,
+        common: Common,
+    ) -> None:
+        """Intruder dimensions: leading singular vectors of the tuned weights that the base does not have."""
+        analyse_weights(
+            "intruders", base, tuned, find_intruders, common,
+            fused=fused, orientation=orientation, allow_nonfinite=allow_nonfinite, seed=common.seed,
+            epsilon=epsilon, k=k, side=side, null_draws=null_draws, embeddings=embeddings,
+        )  # fmt: skip
+
+    intruders.__module__ = "finetune_lens.intruders"
+    run(intruders)
+
+
+if __name__ == "__main__":
+    from finetune_lens.intruders import main
+
+    main()

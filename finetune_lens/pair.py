@@ -1,0 +1,290 @@
+"""A base model and its tuned version, aligned tensor by tensor, streamed one matrix at a time."""
+
+import difflib
+import hashlib
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING, Any
+
+from finetune_lens.errors import InputError
+
+if TYPE_CHECKING:
+    import torch
+
+    from finetune_lens.checkpoints import Checkpoint, Layout, LowRank, Part
+
+VOCABULARY_AXIS = {"embed": 1, "unembed": 0, "pos": 1}  # of the (out, in) matrix
+
+
+@dataclass(frozen=True)
+class Matrix:
+    """One aligned weight, (out, in), both sides: `tuned` is dense, or None where the tuned side is base + `update`."""
+
+    name: str
+    layer: int | None
+    component: str
+    base: "torch.Tensor"
+    tuned: "torch.Tensor | None"
+    update: "LowRank | None" = None
+
+    def problem(self) -> str:
+        """What keeps this weight from being analysed: NaN or Inf on a side; "" when nothing does."""
+        import torch
+
+        sides = {
+            "base": [self.base],
+            "tuned": [self.tuned] if self.update is None else [self.update.left, self.update.right],
+        }
+        bad = {side: sum(int((~torch.isfinite(t)).sum()) for t in tensors) for side, tensors in sides.items()}
+        return "; ".join(f"{side}: {count} NaN or Inf entries" for side, count in bad.items() if count)
+
+    def digests(self) -> tuple[str, str]:
+        """SHA-256 of the bytes of either side, as stored, in the (out, in) order."""
+        base = _digest(self.base)
+        if self.update is None:
+            return base, _digest(self.tuned)
+        return base, _digest(self.update.left, self.update.right, extra=repr(self.update.scale))
+
+    def tuned_dense(self, dtype: "torch.dtype", device: "torch.device | str" = "cpu") -> "torch.Tensor":
+        """The tuned weight (out, in) in `dtype`; a factored update is multiplied out and added in that type."""
+        if self.update is None:
+            return self.tuned.to(device, dtype)
+        return self.base.to(device, dtype) + self.update.dense(dtype, device)
+
+    def delta(self, dtype: "torch.dtype", device: "torch.device | str" = "cpu") -> "torch.Tensor":
+        """Δ = tuned − base (out, in), subtracted in `dtype`, never in the stored type."""
+        if self.update is not None:
+            return self.update.dense(dtype, device)
+        return self.tuned.to(device, dtype) - self.base.to(device, dtype)
+
+
+def _digest(*tensors: "torch.Tensor", extra: str = "") -> str:
+    import torch
+
+    state = hashlib.sha256(extra.encode())
+    for tensor in tensors:
+        state.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
+    return state.hexdigest()
+
+
+@dataclass
+class Alignment:
+    """Which tensors have a counterpart, and what became of those that have none. Nothing is dropped in silence."""
+
+    matched: list[str] = field(default_factory=list)
+    only_base: list[str] = field(default_factory=list)
+    only_tuned: list[str] = field(default_factory=list)
+    resized: dict[str, tuple[tuple[int, ...], tuple[int, ...]]] = field(default_factory=dict)  # shared rows compared
+    mismatched: dict[str, tuple[tuple[int, ...], tuple[int, ...]]] = field(default_factory=dict)  # not compared
+    ignored: list[str] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+
+    def summary(self) -> str:
+        """One line a finding."""
+        lines = [f"{len(self.matched)} tensors compared"]
+        for names, what in (
+            (self.only_base, "only in the base"),
+            (self.only_tuned, "only in the tuned model"),
+            (self.ignored, "ignored: buffers, not parameters"),
+        ):
+            if names:
+                lines.append(f"{len(names)} {what}: {_few(names)}")
+        lines += [f"{n}: {a} against {b}, shared part compared" for n, (a, b) in self.resized.items()]
+        lines += [f"{n}: {a} against {b}, not compared" for n, (a, b) in self.mismatched.items()]
+        return "\n".join([*lines, *self.notes])
+
+
+def _few(names: list[str], n: int = 3) -> str:
+    return ", ".join(names[:n]) + (" …" if len(names) > n else "")
+
+
+class ModelPair:
+    """Base and tuned, aligned. `matrices()` streams the weights; nothing is read before that.
+
+    >>> pair = ModelPair.load("base-dir", "lora-adapter")      # doctest: +SKIP
+    >>> print(pair.alignment.summary())                        # doctest: +SKIP
+    """
+
+    def __init__(self, base: "Checkpoint", tuned: "Checkpoint", parts: dict[str, tuple], alignment: Alignment):
+        self.base_checkpoint = base
+        self.tuned_checkpoint = tuned
+        self.alignment = alignment
+        self._parts: dict[str, tuple[Part, Part | Callable[[], LowRank]]] = parts
+
+    @classmethod
+    def load(
+        cls, base: Any, tuned: Any, *, online: bool = False, fused: bool = False, orientation: str = "auto"
+    ) -> "ModelPair":
+        """Open two models and align them.
+
+        Args:
+            base, tuned: file, folder, cached hub id (`name` or `name@revision`), `torch.nn.Module` or state dict;
+                `tuned` may be a PEFT adapter folder.
+            online: ask the hub for what is not cached.
+            fused: compare fused q/k/v and gate/up tensors in one piece instead of split.
+            orientation: of GPT-2-style modules: "auto" (from the shapes), "conv1d" (in, out) or "linear" (out, in).
+
+        Raises:
+            InputError: not a checkpoint, damaged, quantised in an unknown way, or not two versions of one model.
+
+        Cost: the headers of the files.
+        """
+        from finetune_lens.checkpoints import lay_out, open_checkpoint
+        from finetune_lens.checkpoints.adapters import merge_adapter
+
+        one, other = open_checkpoint(base, online=online), open_checkpoint(tuned, online=online)
+        if one.is_adapter or "merge" in one.origin:
+            raise InputError(f"the base, {one.source}, is an adapter; give the model it was trained on as BASE")
+        if "merge" in other.origin:
+            other = merge_adapter(one, other)
+        known = one.config or other.config
+        layout = lay_out(one, config=known, fused=fused, orientation=orientation)
+        replaced = lay_out(other, config=known, fused=fused, orientation=orientation)
+        alignment = Alignment(
+            ignored=layout.ignored,
+            notes=list(dict.fromkeys([*one.notes, *other.notes, *layout.notes, *replaced.notes])),
+        )
+        if other.is_adapter:
+            parts = _adapted(layout, replaced, other, alignment)
+        else:
+            parts = _matched(layout, replaced, one, other, alignment)
+        alignment.matched = list(parts)
+        return cls(one, other, parts, alignment)
+
+    def names(self, *, matrices: bool = True, embeddings: bool = True, vectors: bool = False) -> list[str]:
+        """Names of the aligned weights, in the order of the base's file."""
+        return [
+            name
+            for name, (part, _) in self._parts.items()
+            if (part.is_matrix and matrices and (embeddings or part.component not in ("embed", "unembed", "pos")))
+            or (not part.is_matrix and vectors)
+        ]
+
+    def matrices(self, names: list[str] | None = None) -> Iterator[Matrix]:
+        """Stream aligned weights, one in memory at a time: by default every matrix (out, in).
+
+        Memory: mapped pages of one tensor a side (a float8 or expert tensor is copied).
+        """
+        for name in self.names() if names is None else names:
+            base, tuned = self._parts[name]
+            if callable(tuned):
+                yield Matrix(name, base.layer, base.component, base.read(), None, base.of_update(tuned()))
+            else:
+                yield Matrix(name, base.layer, base.component, base.read(), tuned.read())
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        return self._parts[name][0].shape
+
+    def describe(self) -> dict[str, Any]:
+        """Where the two came from, for the record."""
+        return {
+            side: {"source": c.source, **c.origin}
+            for side, c in (("base", self.base_checkpoint), ("tuned", self.tuned_checkpoint))
+        }
+
+    @property
+    def fingerprint(self) -> str:
+        """Changes when a file of either side changes; "" when a side has no file."""
+        sides = self.base_checkpoint.fingerprint, self.tuned_checkpoint.fingerprint
+        return "-".join(sides) if all(sides) else ""
+
+    def __repr__(self) -> str:
+        return f"ModelPair({self.base_checkpoint.source} → {self.tuned_checkpoint.source})\n{self.alignment.summary()}"
+
+
+def _adapted(base: "Layout", replaced: "Layout", adapter: "Checkpoint", alignment: Alignment) -> dict[str, tuple]:
+    """Every part of the base, with its update, its replacement, or (untouched) itself."""
+    from finetune_lens.checkpoints.layout import canonical_module
+
+    factors = {canonical_module(module): read for module, read in adapter.factors.items()}
+    parts = dict(base.parts)
+    modules = {part.module for part in parts.values() if not part.name.endswith(".bias")}
+    wanted = {*factors, *(p.module for p in replaced.parts.values())}
+    if "lm_head" in wanted and "lm_head" not in modules:
+        embedding = next((p for p in parts.values() if p.component == "embed"), None)
+        if embedding is not None:  # tied: the file holds the matrix once, the adapter has unembedding's update
+            parts["lm_head"] = replace(
+                embedding, name="lm_head", module="lm_head", component="unembed", transpose=False
+            )
+            modules.add("lm_head")
+            alignment.notes.append("lm_head is tied to the embedding in the base and has an update of its own")
+    strangers = sorted(set(factors) - modules) + sorted(set(replaced.parts) - set(parts))
+    if strangers:
+        near = difflib.get_close_matches(strangers[0], modules, n=1, cutoff=0)
+        raise InputError(
+            f"{adapter.source} is an adapter of another base: it changes {strangers[0]} ({len(strangers)} such), "
+            f"which the base does not have; nearest there: {near[0] if near else 'nothing'}"
+        )
+    result: dict[str, tuple] = {}
+    for name, part in parts.items():
+        other: Any = part
+        if name in replaced.parts:
+            other = replaced.parts[name]
+            part, other = _fitted(part, other, alignment, adapter.source)
+        elif part.module in factors and not name.endswith(".bias"):
+            other = factors[part.module]
+            _check_factor(part, other(), adapter.source)
+        if other is not None:
+            result[name] = (part, other)
+    return result
+
+
+def _check_factor(part: "Part", update: "LowRank", source: str) -> None:
+    if update.shape != part.whole_shape:
+        raise InputError(
+            f"{source} is an adapter of another base: its update of {part.module} is {update.shape}, "
+            f"the base's weight {part.whole_shape}"
+        )
+
+
+def _matched(
+    base: "Layout", tuned: "Layout", one: "Checkpoint", other: "Checkpoint", alignment: Alignment
+) -> dict[str, tuple]:
+    """Parts under a common name whose shapes agree, or agree on the shared part of the vocabulary."""
+    left, right = dict(base.parts), dict(tuned.parts)
+    for mine, theirs, side in ((left, right, "base"), (right, left, "tuned model")):
+        _untie(mine, theirs, side, (one if mine is left else other).config, alignment)
+    common = [name for name in left if name in right]
+    if not common:
+        pairs = [(n, difflib.get_close_matches(n, right, n=1, cutoff=0)) for n in list(left)[:2]]
+        near = "; ".join(f"{n} is nearest to {found[0] if found else 'nothing'}" for n, found in pairs)
+        raise InputError(f"{one.source} and {other.source} have no tensor in common: {near}")
+    alignment.only_base = [n for n in left if n not in right]
+    alignment.only_tuned = [n for n in right if n not in left]
+    parts = {}
+    for name in common:
+        part, counterpart = _fitted(left[name], right[name], alignment, f"{one.source} and {other.source}")
+        if counterpart is not None:
+            parts[name] = (part, counterpart)
+    if not parts:
+        raise InputError(f"{one.source} and {other.source} share names but not one shape: {_few(common)}")
+    return parts
+
+
+def _untie(mine: dict, theirs: dict, side: str, config: dict | None, alignment: Alignment) -> None:
+    """Give a model with tied embeddings its unembedding, where the other side has one of its own."""
+    untied = next((p for p in theirs.values() if p.component == "unembed" and p.is_matrix), None)
+    embedding = next((p for p in mine.values() if p.component == "embed"), None)
+    has_one = any(p.component == "unembed" and p.is_matrix for p in mine.values())
+    if untied is None or embedding is None or has_one or (config or {}).get("tie_word_embeddings") is False:
+        return
+    mine[untied.name] = replace(embedding, name=untied.name, module=untied.module, component="unembed", transpose=False)
+    alignment.notes.append(f"{untied.name} is tied to the embedding in the {side} and stands alone in the other")
+
+
+def _fitted(part: "Part", other: "Part", alignment: Alignment, where: str) -> "tuple[Part, Part | None]":
+    """The two parts cut to what they share, or (part, None) for shapes outside the blocks that do not fit."""
+    if part.shape == other.shape:
+        return part, other
+    axis = VOCABULARY_AXIS.get(part.component) if part.is_matrix and other.is_matrix else None
+    if axis is not None and part.shape[1 - axis] == other.shape[1 - axis]:
+        shared = tuple(min(a, b) for a, b in zip(part.shape, other.shape, strict=True))
+        alignment.resized[part.name] = (part.shape, other.shape)
+        return part.shrunk(shared), other.shrunk(shared)
+    if part.layer is not None:
+        raise InputError(
+            f"{where} cannot be aligned: {part.name} is {part.shape} in the base and {other.shape} in the tuned model; "
+            "expected two versions of one architecture"
+        )
+    alignment.mismatched[part.name] = (part.shape, other.shape)
+    return part, None

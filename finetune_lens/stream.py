@@ -1,0 +1,131 @@
+"""One pass over the weights of a pair: progress, hashes, exclusions, and chunks that survive an interruption."""
+
+import hashlib
+import json
+import shutil
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from finetune_lens.files import whole_file
+
+if TYPE_CHECKING:
+    import xarray as xr
+
+    from finetune_lens.pair import Matrix, ModelPair
+
+Row = dict[str, Any]  # what was measured on one matrix: numpy arrays and scalars
+
+
+@dataclass
+class Rows:
+    """What a pass measured, in the order of the names."""
+
+    rows: list[Row] = field(default_factory=list)
+    excluded: dict[str, str] = field(default_factory=dict)
+    digests: dict[str, tuple[str, str]] = field(default_factory=dict)
+
+    def provenance(self, device: Any) -> str:
+        """What only the pass itself knows, as JSON for the result's attribute."""
+        weights = {
+            side: hashlib.sha256(json.dumps({n: d[i] for n, d in sorted(self.digests.items())}).encode()).hexdigest()
+            for i, side in enumerate(("base", "tuned"))
+        }
+        record = {"weights_sha256": weights, "excluded": self.excluded, "device": str(device), "dtype": "float64"}
+        return json.dumps(record)
+
+    def coordinates(self) -> dict[str, Any]:
+        """name, layer (−1 outside the blocks) and component along `matrix`."""
+        return {
+            "matrix": np.array([r["name"] for r in self.rows], dtype=object),
+            "layer": ("matrix", np.array([r["layer"] for r in self.rows], dtype=int)),
+            "component": ("matrix", np.array([r["component"] for r in self.rows], dtype=object)),
+        }
+
+    def stacked(self, key: str) -> np.ndarray:
+        """The arrays under `key`, padded with NaN to a common shape and stacked along a new first axis."""
+        arrays = [np.asarray(r[key]) for r in self.rows]
+        if not arrays or arrays[0].ndim == 0:
+            return np.array([a.item() for a in arrays])
+        shape = tuple(np.max([a.shape for a in arrays], axis=0))
+        kind = np.result_type(*arrays, np.float32) if arrays[0].dtype.kind == "f" else float
+        stack = np.full((len(arrays), *shape), np.nan, dtype=kind)
+        for i, a in enumerate(arrays):
+            stack[(i, *(slice(n) for n in a.shape))] = a
+        return stack
+
+    def variables(self, **dims: tuple[str, ...]) -> dict[str, "xr.Variable"]:
+        """Variables by name, each with the given dimensions after `matrix`."""
+        return {name: (("matrix", *rest), self.stacked(name)) for name, rest in dims.items()}
+
+
+def each_matrix(
+    pair: "ModelPair",
+    names: list[str],
+    measure: Callable[["Matrix"], Row],
+    *,
+    progress: bool,
+    partial: Path | None = None,
+    arguments: dict[str, Any],
+) -> Rows:
+    """Call `measure` on every named weight, one in memory at a time.
+
+    A weight with NaN or Inf is left out and named in `excluded`. With `partial`, each finished row is kept there under
+    a key made of the arguments and the files; the same call continues behind the last finished row, a changed one
+    starts anew and drops the old rows.
+    """
+    from tqdm import tqdm
+
+    store = _Store(partial, pair.fingerprint, arguments) if partial is not None and pair.fingerprint else None
+    result = Rows()
+    done = {} if store is None else {name: row for name in names if (row := store.get(name)) is not None}
+    todo = pair.matrices([name for name in names if name not in done])
+    for name in tqdm(names, desc="weights", unit="", disable=not progress, initial=0, dynamic_ncols=True):
+        if name in done:
+            row = done[name]
+        else:
+            matrix = next(todo)
+            row = {"name": name, "problem": matrix.problem(), "digests": np.array(matrix.digests())}
+            if not row["problem"]:
+                layer = -1 if matrix.layer is None else matrix.layer
+                row |= {"layer": layer, "component": matrix.component} | measure(matrix)
+            del matrix
+            if store is not None:
+                store.put(name, row)
+        result.digests[name] = tuple(str(d) for d in row["digests"])
+        if row["problem"]:
+            result.excluded[name] = str(row["problem"])
+        else:
+            result.rows.append(row)
+    return result
+
+
+class _Store:
+    """Finished rows as .npz files, one a weight."""
+
+    def __init__(self, folder: Path, fingerprint: str, arguments: dict[str, Any]):
+        from finetune_lens import __version__
+
+        facts = json.dumps([__version__, fingerprint, arguments], sort_keys=True, default=str)
+        self.folder = folder / hashlib.sha256(facts.encode()).hexdigest()[:16]
+        if folder.is_dir():
+            for other in folder.iterdir():
+                if other != self.folder:
+                    shutil.rmtree(other, ignore_errors=True)
+        self.folder.mkdir(parents=True, exist_ok=True)
+
+    def _file(self, name: str) -> Path:
+        return self.folder / f"{hashlib.sha256(name.encode()).hexdigest()[:32]}.npz"
+
+    def get(self, name: str) -> Row | None:
+        if not self._file(name).is_file():
+            return None
+        with np.load(self._file(name), allow_pickle=False) as file:
+            return {key: file[key] if file[key].ndim else file[key].item() for key in file.files}
+
+    def put(self, name: str, row: Row) -> None:
+        with whole_file(self._file(name)) as path, path.open("wb") as file:
+            np.savez(file, **row)
