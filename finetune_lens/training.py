@@ -1,0 +1,167 @@
+"""One training loop: seeded, and interrupted runs end bit for bit where uninterrupted ones do.
+
+Whatever is random in a step (the batch, dropout) comes from a generator seeded by (seed, step), and the learning rate
+is a function of the step alone, so a run is decided by its arguments and nothing has to be replayed to continue it. Bit
+for bit holds on one machine with one number of threads.
+
+Cost: that of the forward and backward passes; a checkpoint holds the trainable parameters and the optimizer's state.
+
+>>> import torch
+>>> class Line(torch.nn.Module):
+...     def __init__(self):
+...         super().__init__()
+...         self.slope = torch.nn.Parameter(torch.zeros(()))
+...     def forward(self, x):
+...         return {"loss": ((self.slope - 3) * x).square().mean()}
+>>> model = Line()
+>>> run = train(model, lambda step, generator: {"x": torch.from_numpy(generator.normal(size=8))},
+...             steps=100, learning_rate=0.1, schedule="linear", seed=0, progress=False)
+>>> round(model.slope.item(), 1)
+3.0
+"""
+
+import hashlib
+import json
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+import torch
+from tqdm.auto import tqdm
+
+from finetune_lens.files import whole_file
+
+Batch = Mapping[str, torch.Tensor]
+
+
+@dataclass(frozen=True)
+class Run:
+    """What a training run left behind, beside the trained model.
+
+    Attributes:
+        losses: (steps taken,) float64, the loss of each step before its update.
+        scores: what `evaluate` returned, by the number of steps taken by then.
+    """
+
+    losses: np.ndarray
+    scores: dict[int, float]
+
+
+def train(
+    model: torch.nn.Module,
+    batch: Callable[[int, np.random.Generator], Batch],
+    *,
+    steps: int,
+    learning_rate: float,
+    schedule: Literal["constant", "linear", "cosine"] = "cosine",
+    warmup: int = 0,
+    weight_decay: float = 0.0,
+    optimizer: Literal["adamw", "sgd"] = "adamw",
+    clip: float = 1.0,
+    seed: int = 0,
+    evaluate: Callable[[], float] | None = None,
+    target: float = math.inf,
+    every: int = 100,
+    checkpoint: Path | None = None,
+    progress: bool = True,
+) -> Run:
+    """Train `model` in place; only parameters with `requires_grad` move.
+
+    Args:
+        model: a Hugging Face model, or any module whose call on a batch returns something with a scalar "loss".
+        batch: `batch(step, generator)`, the keyword arguments of the model's call, on the model's device.
+        steps: updates to make, unless `target` is reached before.
+        learning_rate: the highest one, reached after `warmup` steps and held ("constant") or brought down towards 0.
+        weight_decay: decoupled for "adamw"; on matrices only, not on norms and biases.
+        optimizer: "adamw" has β = (.9, .99), suited to short runs; "sgd" has no momentum.
+        clip: the largest norm of the gradient.
+        evaluate: called every `every` steps and after the last; its value is kept in `Run.scores`.
+        target: the run ends at the first evaluation that is at least this.
+        checkpoint: file that is written every `every` steps and after the last. A run with the same arguments, starting
+            weights and first batch continues from it; any other run starts anew and overwrites it.
+
+    Raises:
+        FloatingPointError: the loss is no longer finite.
+    """
+    trainable = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    groups = [
+        {"params": [p for p in trainable.values() if p.ndim >= 2], "weight_decay": weight_decay},
+        {"params": [p for p in trainable.values() if p.ndim < 2], "weight_decay": 0.0},
+    ]
+    groups = [group for group in groups if group["params"]]
+    stepper = torch.optim.SGD(groups) if optimizer == "sgd" else torch.optim.AdamW(groups, betas=(0.9, 0.99))
+    losses: list[float] = []
+    scores: dict[int, float] = {}
+
+    identity = ""
+    if checkpoint is not None:
+        settings = (steps, learning_rate, schedule, warmup, weight_decay, optimizer, clip, seed, target, every)
+        identity = _identity(settings, list(trainable), model, batch(0, np.random.default_rng([seed, 0])))
+        if checkpoint.exists():
+            saved = torch.load(checkpoint, weights_only=True, map_location="cpu")
+            if saved["identity"] == identity:
+                model.load_state_dict(saved["model"], strict=False)
+                stepper.load_state_dict(saved["optimizer"])
+                losses, scores = saved["losses"], saved["scores"]
+
+    was_training = model.training
+    devices = sorted({p.device for p in trainable.values() if p.device.type == "cuda"}, key=str)
+    with (
+        torch.random.fork_rng(devices=devices),
+        tqdm(total=steps, initial=len(losses), disable=not progress, unit="step") as bar,
+    ):
+        while len(losses) < steps and not (scores and max(scores.values()) >= target):
+            step = len(losses)
+            generator = np.random.default_rng([seed, step])
+            torch.manual_seed(int(generator.integers(2**63)))
+            for group in stepper.param_groups:
+                group["lr"] = learning_rate * _scale(step, steps, schedule, warmup)
+            model.train()
+            loss = model(**batch(step, generator))["loss"]
+            loss.backward()
+            torch.nn.utils.clip_grad_norm_(trainable.values(), clip)
+            stepper.step()
+            stepper.zero_grad()
+            losses.append(loss.item())
+            if not math.isfinite(losses[-1]):
+                raise FloatingPointError(f"the loss is {losses[-1]} at step {step}: the learning rate is too high")
+            bar.set_postfix_str(f"loss {losses[-1]:.3f}", refresh=False)
+            bar.update()
+            if len(losses) % every == 0 or len(losses) == steps:
+                if evaluate is not None:
+                    model.eval()
+                    scores[len(losses)] = float(evaluate())
+                if checkpoint is not None:
+                    state = {"identity": identity, "losses": losses, "scores": scores}
+                    state |= {"model": _moving(model), "optimizer": stepper.state_dict()}
+                    with whole_file(checkpoint) as path:
+                        torch.save(state, path)
+    model.train(was_training)
+    return Run(np.array(losses), scores)
+
+
+def _scale(step: int, steps: int, schedule: str, warmup: int) -> float:
+    """The learning rate of `step` as a share of the highest."""
+    if step < warmup:
+        return (step + 1) / (warmup + 1)
+    done = (step - warmup) / max(1, steps - warmup)
+    return {"constant": 1.0, "linear": 1 - done, "cosine": 0.5 * (1 + math.cos(math.pi * done))}[schedule]
+
+
+def _moving(model: torch.nn.Module) -> dict[str, torch.Tensor]:
+    """All state but the frozen parameters."""
+    frozen = {name for name, p in model.named_parameters() if not p.requires_grad}
+    return {name: tensor for name, tensor in model.state_dict().items() if name not in frozen}
+
+
+def _identity(settings: tuple, trainable: list[str], model: torch.nn.Module, first: Batch) -> str:
+    """A hash of all that decides a run: the settings, the starting weights, and the data (by its first batch)."""
+    digest = hashlib.sha256(json.dumps([settings, trainable]).encode())
+    for tensors in (model.state_dict(), first):
+        for name, tensor in sorted(tensors.items()):
+            digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+            digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
+    return digest.hexdigest()
