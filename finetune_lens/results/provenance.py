@@ -63,8 +63,9 @@ def _versions() -> dict[str, str]:
     return found
 
 
+@functools.cache
 def _commit() -> dict[str, Any] | None:
-    """Commit and dirty flag of the checkout this package runs from; None for an installed package."""
+    """Commit and dirty flag of the checkout this package was loaded from; None for an installed package."""
     root = Path(__file__).resolve().parents[2]
     if not (root / ".git").exists():
         return None
