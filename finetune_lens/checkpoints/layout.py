@@ -28,26 +28,29 @@ SAME = (
 BUFFERS = re.compile(r"(^|\.)(attn\.bias|attn\.masked_bias|attention\.bias|attention\.masked_bias|"
                      r"rotary_emb\.inv_freq|rotary_emb\.\w+_cached|position_ids|inv_freq)$")  # fmt: skip
 LAYER = re.compile(r"(?:^|\.)(?:layers?|h|blocks?|block|encoder\.layer)\.(\d+)(?:\.|$)")
-# Component ← how the module's name ends (the first that fits, after the layer's number).
+# Component ← how the module's name ends, whole words between dots (the first that fits, from the layer's number on).
 COMPONENTS = (
-    ("q", r"(q_proj|query|wq|to_q|q_lin|SelfAttention\.q|EncDecAttention\.q|\.q)"),
-    ("k", r"(k_proj|key|wk|to_k|k_lin|SelfAttention\.k|EncDecAttention\.k|\.k)"),
-    ("v", r"(v_proj|value|wv|to_v|v_lin|SelfAttention\.v|EncDecAttention\.v|\.v)"),
-    ("o", r"(o_proj|out_proj|wo|out_lin|attn\.c_proj|attention\.dense|self_attention\.dense|self_attn\.dense|"
-          r"attention\.output\.dense|Attention\.o)"),
-    ("qkv", r"(c_attn|query_key_value|qkv_proj|Wqkv|attn\.qkv)"),
-    ("gate", r"(gate_proj|wi_0|(feed_forward|mlp|ffn)\.w1|\.gate_proj)"),
-    ("up", r"(up_proj|wi_1|wi|c_fc|fc1|fc_in|dense_h_to_4h|intermediate\.dense|lin1|(feed_forward|mlp|ffn)\.w3)"),
-    ("down", r"(down_proj|DenseReluDense\.wo|mlp\.c_proj|fc2|fc_out|dense_4h_to_h|\d\.output\.dense|lin2|"
-             r"(feed_forward|mlp|ffn)\.w2)"),
+    ("q", r"q_proj|query|wq|to_q|q_lin|\w*Attention\.q"),
+    ("k", r"k_proj|key|wk|to_k|k_lin|\w*Attention\.k"),
+    ("v", r"v_proj|value|wv|to_v|v_lin|\w*Attention\.v"),
+    ("qkv", r"c_attn|query_key_value|qkv_proj|Wqkv|attn\.qkv"),
     ("gate_up", r"gate_up_proj"),
+    ("gate", r"gate_proj|wi_0|(feed_forward|mlp|ffn)\.w1"),
+    ("up", r"up_proj|wi_1|wi|c_fc|fc1|fc_in|dense_h_to_4h|intermediate\.dense|lin1|(feed_forward|mlp|ffn)\.w3"),
+    ("down", r"down_proj|DenseReluDense\.wo|mlp\.c_proj|fc2|fc_out|dense_4h_to_h|\d+\.output\.dense|lin2|"
+             r"(feed_forward|mlp|ffn)\.w2"),
+    ("o", r"o_proj|out_proj|wo|out_lin|(attn|attention|self_attention|self_attn)\.(c_proj|dense)|"
+          r"attention\.output\.dense|\w*Attention\.o"),
 )  # fmt: skip
-COMPONENTS = tuple((name, re.compile(rf"(^|[.\d]){pattern}$|{pattern}$")) for name, pattern in COMPONENTS)
+COMPONENTS = tuple((name, re.compile(rf"(^|\.)({pattern})$")) for name, pattern in COMPONENTS)
 OUTSIDE = (
     ("embed", re.compile(r"(wte|embed_tokens|word_embeddings|embed_in|tok_embeddings|shared)$")),
     ("pos", re.compile(r"(wpe|embed_positions|position_embeddings)$")),
     ("unembed", re.compile(r"^(lm_head|output)$")),
 )
+# How q, k, v are fused, by the config's model_type: one after the other, or head by head. `c_attn` is in blocks anyway.
+IN_BLOCKS = ("phi3", "phi3_v", "phi4_multimodal", "mpt", "modernbert")
+BY_HEAD = ("gpt_neox", "gpt_neox_japanese", "bloom", "falcon", "persimmon")
 NORM = re.compile(r"(norm|ln_?\w*|layernorm|LayerNorm|layer_norm)$")
 
 
@@ -143,23 +146,27 @@ def lay_out(
     parts: dict[str, Part] = {}
     ignored = []
     whole: set[str] = set()
-    for raw, (module, ending) in _canonical(checkpoint.tensors).items():
+    names = _canonical(checkpoint.tensors)
+    shapes = {module: checkpoint.tensors[raw].shape for raw, (module, ending) in names.items() if not ending}
+    for raw, (module, ending) in names.items():
         stored = checkpoint.tensors[raw]
         if BUFFERS.search(raw):
             ignored.append(raw)
             continue
-        for part in _parts(module, ending, stored, checkpoint, conv1d):
-            if part.component in ("qkv", "gate_up") and not fused:
-                pieces = _pieces(part, config, checkpoint.source)
-                if pieces:
-                    parts |= {piece.name: piece for piece in pieces}
+        # GPT-OSS, known by the biases of its experts.
+        alternating = f"{module}_bias" in shapes and config.get("model_type", "gpt_oss") == "gpt_oss"
+        for part in _parts(module, ending, stored, shapes, conv1d):
+            if part.component in ("qkv", "gate_up") and part.is_matrix and not fused:
+                rows = _qkv_rows(part, config) if part.component == "qkv" else _gate_up_rows(part, alternating)
+                if rows:
+                    parts |= {piece.name: piece for piece in _pieces(part, rows)}
                     continue
                 whole.add(part.module)
             parts[part.name] = part
     if whole:
         notes.append(
-            f"{len(whole)} fused tensors kept whole, e.g. {min(whole)}: splitting them needs the number of heads; "
-            "put config.json beside the weights"
+            f"{len(whole)} fused tensors kept whole, e.g. {min(whole)}: splitting them needs a config.json beside the "
+            "weights with the number of heads and a model_type whose layout is known here"
         )
     return Layout(parts, ignored, notes)
 
@@ -196,7 +203,9 @@ def _describe(module: str) -> tuple[int | None, str]:
     return int(found[1]), next((c for c, p in COMPONENTS if p.search(after)), fallback)
 
 
-def _parts(module: str, ending: str, stored: Stored, checkpoint: Checkpoint, conv1d: bool) -> Iterator[Part]:
+def _parts(
+    module: str, ending: str, stored: Stored, shapes: dict[str, tuple[int, ...]], conv1d: bool
+) -> Iterator[Part]:
     """The matrices in one stored tensor: itself, or one an expert."""
     layer, component = _describe(module)
     if ending == "bias" or module.endswith("_bias"):
@@ -204,9 +213,8 @@ def _parts(module: str, ending: str, stored: Stored, checkpoint: Checkpoint, con
             f"{module}.bias" if ending else module, module, layer, "norm" if component == "norm" else "bias", stored
         )
     elif len(stored.shape) == 3 and ".experts." in f"{module}.":
-        # GPT-OSS multiplies x @ W and therefore stores (expert, in, out); the others store (expert, out, in).
-        turned = any(f"{module}_bias" in name for name in checkpoint.tensors)
         stem, _, kind = module.rpartition(".")
+        turned = _experts_turned(shapes.get(f"{stem}.gate_up_proj"), shapes.get(f"{stem}.down_proj"))
         for expert in range(stored.shape[0]):
             name = f"{stem}.{expert}.{kind}"
             yield Part(name, name, layer, component, stored, transpose=turned, expert=expert)
@@ -215,6 +223,13 @@ def _parts(module: str, ending: str, stored: Stored, checkpoint: Checkpoint, con
             conv1d and module.rpartition(".")[2] in ("c_attn", "c_fc", "c_proj")
         )
         yield Part(module, module, layer, component, stored, transpose=transpose and len(stored.shape) == 2)
+
+
+def _experts_turned(gate_up: tuple[int, ...] | None, down: tuple[int, ...] | None) -> bool:
+    """Whether experts are stored (expert, in, out), as GPT-OSS and Llama 4 do, and not (expert, out, in)."""
+    if gate_up is None or down is None:
+        return False
+    return gate_up[1] == down[2] and gate_up[2] == 2 * down[1]
 
 
 def _orientation(checkpoint: Checkpoint, orientation: str) -> tuple[bool, list[str]]:
@@ -242,44 +257,51 @@ def _orientation(checkpoint: Checkpoint, orientation: str) -> tuple[bool, list[s
     return wide, [f"c_attn, c_fc, c_proj read as {said}: {name} is {telling[name]}"]
 
 
-def _pieces(part: Part, config: dict[str, Any], source: str) -> list[Part]:
-    """q, k, v (or gate, up) of a fused part; empty when what is known does not tell how it is laid out."""
-    kind = part.module.rpartition(".")[2]
+Rows = dict[str, list[tuple[int, int]]]  # component → its [start, stop) pieces of the fused rows
+
+
+def _pieces(part: Part, rows: Rows) -> Iterator[Part]:
+    """q, k, v or gate, up of a fused part."""
+    stem = part.name.removesuffix("gate_up_proj")
+    for component, pieces in rows.items():
+        name = f"{stem}{component}_proj" if part.component == "gate_up" else f"{part.name}.{component}"
+        yield replace(part, name=name, component=component, rows=tuple(pieces))
+
+
+def _gate_up_rows(part: Part, alternating: bool) -> Rows | None:
+    """Gate above up, unless the two take turns."""
     out = part.shape[0]
-    if part.component == "gate_up":
-        half, odd = divmod(out, 2)
-        if odd:
-            raise InputError(f"{source}: {part.name} has {out} rows; gate and up need an even number")
-        if part.expert is not None and part.transpose:  # GPT-OSS interleaves gate and up
-            cut = {"gate": [(i, i + 1) for i in range(0, out, 2)], "up": [(i, i + 1) for i in range(1, out, 2)]}
-        else:
-            cut = {"gate": [(0, half)], "up": [(half, out)]}
-        stem = part.name.removesuffix("gate_up_proj")
-        return [replace(part, name=f"{stem}{c}_proj", component=c, rows=tuple(pieces)) for c, pieces in cut.items()]
+    if out % 2:
+        return None
+    if alternating:
+        return {"gate": [(i, i + 1) for i in range(0, out, 2)], "up": [(i, i + 1) for i in range(1, out, 2)]}
+    return {"gate": [(0, out // 2)], "up": [(out // 2, out)]}
+
+
+def _qkv_rows(part: Part, config: dict[str, Any]) -> Rows | None:
+    """The rows of q, k and v; None when what is known does not tell how they are laid out."""
+    kind = part.module.rpartition(".")[2]
+    out, width = part.shape
+    model = config.get("model_type")
     heads = config.get("num_attention_heads") or config.get("n_head") or config.get("n_heads")
-    if kind == "query_key_value":
-        cut = _interleaved(out, heads, config)
-    else:  # one block each: GPT-2, nanoGPT, Phi-3, Qwen, MPT, GPT-BigCode
-        groups = config.get("num_key_value_heads") or (1 if config.get("multi_query") else heads)
-        width = part.shape[1] if part.is_matrix else config.get("n_embd") or config.get("hidden_size")
-        if heads and groups:
-            head = out // (heads + 2 * groups)
-            q, kv = heads * head, groups * head
-        else:
-            q = kv = out // 3
-        if q + 2 * kv != out or (not heads and width is not None and q != width):
-            cut = None
-        else:
-            cut = {"q": [(0, q)], "k": [(q, q + kv)], "v": [(q + kv, out)]}
-    if cut is None:
-        return []
-    return [replace(part, name=f"{part.name}.{c}", component=c, rows=tuple(pieces)) for c, pieces in cut.items()]
+    if model in BY_HEAD or (model == "gpt_bigcode" and not config.get("multi_query")):
+        return _interleaved(out, heads, config)
+    if kind != "c_attn" and model not in IN_BLOCKS:
+        return None
+    groups = config.get("num_key_value_heads") or (1 if config.get("multi_query") else heads)
+    if heads and groups:
+        head = config.get("head_dim") or out // (heads + 2 * groups)
+        q, kv = heads * head, groups * head
+    else:
+        q = kv = width
+    return {"q": [(0, q)], "k": [(q, q + kv)], "v": [(q + kv, out)]} if q + 2 * kv == out else None
 
 
-def _interleaved(out: int, heads: int | None, config: dict[str, Any]) -> dict[str, list[tuple[int, int]]] | None:
-    """Rows of q, k, v in a `query_key_value`: per group of heads, its queries, then its key, then its value.
+def _interleaved(out: int, heads: int | None, config: dict[str, Any]) -> Rows | None:
+    """Per group of heads: its queries, then its key, then its value.
 
-    GPT-NeoX, Bloom and Falcon-RW have a group a head; Falcon-40B `num_kv_heads` groups; Falcon-7B (multi-query) one.
+    GPT-NeoX, Bloom, Falcon-RW and GPT-BigCode without multi-query have a group a head; Falcon-40B has `num_kv_heads`
+    groups; Falcon-7B (multi-query) has one.
     """
     if not heads:
         return None
