@@ -14,7 +14,8 @@ lint: .venv/.dev
 	$(BIN)/ruff format --check .
 
 bench: .venv/.dev
-	$(BIN)/python benchmarks/loading.py
+	$(BIN)/python benchmarks/startup.py
+	$(BIN)/python benchmarks/decompositions.py
 
 zoo: .venv/.core
 	$(BIN)/python -m finetune_lens.zoo build --all

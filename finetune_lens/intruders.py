@@ -266,7 +266,6 @@ def main() -> None:
             epsilon=epsilon, k=k, side=side, null_draws=null_draws, embeddings=embeddings,
         )  # fmt: skip
 
-    intruders.__module__ = "finetune_lens.intruders"
     run(intruders)
 
 

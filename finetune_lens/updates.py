@@ -225,7 +225,6 @@ def main() -> None:
             null_draws=null_draws,
         )  # fmt: skip
 
-    updates.__module__ = "finetune_lens.updates"
     run(updates)
 
 

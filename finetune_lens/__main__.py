@@ -1,0 +1,31 @@
+"""`python -m finetune_lens` lists the commands; `python -m finetune_lens NAME …` runs one."""
+
+import importlib
+import sys
+
+COMMANDS = ("intruders", "updates", "zoo", "demo")
+
+
+def main(arguments: list[str] | None = None) -> None:
+    arguments = sys.argv[1:] if arguments is None else arguments
+    name = arguments[0] if arguments else "--help"
+    if name in COMMANDS:
+        module = f"finetune_lens.{name}" + (".__main__" if name == "zoo" else "")
+        sys.argv = [name, *arguments[1:]]
+        importlib.import_module(module).main()
+        return
+    listing = "\n".join(f"  {c:<12}{_first_line(c)}" for c in COMMANDS)
+    text = f"What did fine-tuning do to this model?\n\nUsage: python -m finetune_lens NAME …\n\n{listing}\n"
+    if name in ("--help", "-h", "help"):
+        print(text)
+        return
+    print(f"error: there is no command {name!r}\n\n{text}", file=sys.stderr)
+    raise SystemExit(2)
+
+
+def _first_line(name: str) -> str:
+    return (importlib.import_module(f"finetune_lens.{name}").__doc__ or "").splitlines()[0]
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,155 @@
+"""The commands: output folder, JSON, interruption and continuation, exit codes. (Bad checkpoints: test_bad_input.)"""
+
+import json
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import save_file
+
+import finetune_lens as fl
+from finetune_lens import __main__ as listing
+from finetune_lens import intruders, stream, updates
+
+
+@pytest.fixture
+def pair_files(tmp_path):
+    generator = torch.Generator().manual_seed(0)
+    base = {f"model.layers.{i}.mlp.up_proj.weight": torch.randn(16, 12, generator=generator) for i in range(3)}
+    save_file(base, tmp_path / "base.safetensors")
+    torch.save({n: w + torch.randn(16, 12, generator=generator) for n, w in base.items()}, tmp_path / "tuned.pt")
+    return str(tmp_path / "base.safetensors"), str(tmp_path / "tuned.pt")
+
+
+def command(module, *arguments, monkeypatch):
+    """Run a command in this process; its exit code."""
+    monkeypatch.setattr(sys, "argv", ["command", *map(str, arguments)])
+    with pytest.raises(SystemExit) as stop:
+        module.main()
+    return stop.value.code
+
+
+@pytest.mark.parametrize(("name", "module"), [("intruders", intruders), ("updates", updates)])
+def test_what_a_command_leaves_behind(name, module, pair_files, tmp_path, monkeypatch, capsys):
+    out = tmp_path / "deep" / "mine"
+    assert command(module, *pair_files, "--out", out, monkeypatch=monkeypatch) == 0
+    printed = capsys.readouterr()
+    result = fl.load(out / f"{name}.nc")
+    assert result.summary() in printed.out
+    assert str(out) in printed.err
+    table = (out / f"{name}.csv").read_text().splitlines()
+    assert len(table) == 1 + len(result.to_frame())
+    assert json.loads((out / "run.json").read_text()) == result.provenance
+    figures = sorted(p.name for p in (out / "figures").iterdir())
+    assert figures
+    assert all(p.startswith(f"{name}-") and p.endswith((".pdf", ".png")) for p in figures)
+    assert not list(out.rglob(".*"))  # no temporary file, no chunk
+
+
+def test_json_is_one_object_and_nothing_else(pair_files, tmp_path, monkeypatch, capsys):
+    out = tmp_path / "j"
+    arguments = [*pair_files, "--out", out, "--json", "--no-plots", "--side", "both"]
+    assert command(intruders, *arguments, monkeypatch=monkeypatch) == 0
+    record = json.loads(capsys.readouterr().out)
+    result = fl.load(out / "intruders.nc")
+    assert record["headline"]["right"]["intruders"] == result.count(side="right")
+    assert record["figures"] == []
+    assert not (out / "figures").exists()
+
+
+def test_quiet_is_quiet(pair_files, tmp_path, monkeypatch, capsys):
+    arguments = [*pair_files, "--out", tmp_path / "q", "--quiet", "--no-plots"]
+    assert command(updates, *arguments, monkeypatch=monkeypatch) == 0
+    assert capsys.readouterr().err == ""
+
+
+def test_a_result_is_not_overwritten_without_force(pair_files, tmp_path, monkeypatch, capsys):
+    out = tmp_path / "o"
+    arguments = [*pair_files, "--out", out, "--no-plots", "--quiet"]
+    assert command(updates, *arguments, monkeypatch=monkeypatch) == 0
+    before = (out / "updates.nc").read_bytes()
+    assert command(updates, *arguments, "--null-draws", 7, monkeypatch=monkeypatch) == 2
+    assert "--force" in capsys.readouterr().err
+    assert (out / "updates.nc").read_bytes() == before
+    assert command(updates, *arguments, "--null-draws", 7, "--force", monkeypatch=monkeypatch) == 0
+    assert fl.load(out / "updates.nc").provenance["arguments"]["null_draws"] == 7
+
+
+def test_an_interrupted_run_continues(pair_files, tmp_path, monkeypatch, capsys):
+    """Two matrices done, then Ctrl-C: the same command computes only the third, and ends as if nothing had happened."""
+    out, measured = tmp_path / "i", []
+    arguments = [*pair_files, "--out", out, "--no-plots", "--quiet"]
+    measure = intruders._measure
+
+    def counted(matrix, **options):
+        if len(measured) == 2:
+            measured.append("stopped")
+            raise KeyboardInterrupt
+        measured.append(matrix.name)
+        return measure(matrix, **options)
+
+    monkeypatch.setattr(intruders, "_measure", counted)
+    assert command(intruders, *arguments, monkeypatch=monkeypatch) == 130
+    assert "again to continue" in capsys.readouterr().err
+    assert not (out / "intruders.nc").exists()
+    assert command(intruders, *arguments, monkeypatch=monkeypatch) == 0
+    assert measured == ["layers.0.mlp.up_proj", "layers.1.mlp.up_proj", "stopped", "layers.2.mlp.up_proj"]
+    assert not (out / ".partial").exists()
+    monkeypatch.setattr(intruders, "_measure", measure)
+    whole = fl.find_intruders(fl.ModelPair.load(*pair_files), progress=False)
+    continued = fl.load(out / "intruders.nc")
+    assert continued.to_frame().equals(whole.to_frame())
+    assert np.array_equal(continued.data.null_max_cos, whole.data.null_max_cos)
+    assert continued.provenance["weights_sha256"] == whole.provenance["weights_sha256"]
+
+
+def test_a_changed_argument_or_file_starts_anew(pair_files, tmp_path):
+    """Chunks are kept under what they were computed from."""
+    seen = []
+
+    def run(k, stop=None):
+        def measure(matrix):
+            if matrix.name == stop:
+                raise KeyboardInterrupt
+            seen.append(matrix.name)
+            return {"value": 1.0}
+
+        pair = fl.ModelPair.load(*pair_files)
+        return stream.each_matrix(
+            pair, pair.names(), measure, progress=False, partial=tmp_path / "chunks", arguments={"k": k}
+        )
+
+    with pytest.raises(KeyboardInterrupt):
+        run(1, stop="layers.1.mlp.up_proj")
+    assert len(run(1).rows) == 3
+    assert len(seen) == 3
+    run(2)
+    assert len(seen) == 6
+    run(2)
+    assert len(seen) == 6
+    tensors = torch.load(pair_files[1], weights_only=True)
+    torch.save({n: w + 1 for n, w in tensors.items()}, pair_files[1])
+    run(2)
+    assert len(seen) == 9
+
+
+def test_the_list_of_commands(capsys):
+    listing.main(["--help"])
+    printed = capsys.readouterr().out
+    for name in listing.COMMANDS:
+        assert f"\n  {name} " in printed
+    with pytest.raises(SystemExit) as stop:
+        listing.main(["intruder"])
+    assert stop.value.code == 2
+
+
+@pytest.mark.parametrize("name", ["intruders", "updates"])
+def test_as_a_user_calls_it(name, pair_files, tmp_path):
+    done = subprocess.run(
+        [sys.executable, "-m", f"finetune_lens.{name}", *pair_files, "--no-plots"],
+        cwd=tmp_path, capture_output=True, text=True, timeout=120, check=True,
+    )  # fmt: skip
+    assert (tmp_path / "runs" / name / f"{name}.nc").is_file()
+    assert "matrices" in done.stdout

@@ -1,0 +1,135 @@
+"""Results: saved and read back as they were, labelled, with their provenance; never torch."""
+
+import json
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+import xarray as xr
+
+import finetune_lens as fl
+from finetune_lens.errors import InputError
+
+
+@pytest.fixture(scope="module")
+def pair():
+    rng = np.random.default_rng(0)
+    names = {
+        "model.embed_tokens.weight": (30, 12),
+        "model.layers.0.self_attn.q_proj.weight": (12, 12),
+        "model.layers.1.mlp.down_proj.weight": (12, 20),
+        "model.layers.1.input_layernorm.weight": (12,),
+    }
+    base = {n: torch.tensor(rng.standard_normal(s)) for n, s in names.items()}
+    tuned = {n: w + 3 * torch.tensor(rng.standard_normal(w.shape)) for n, w in base.items()}
+    return fl.ModelPair.load(base, tuned)
+
+
+@pytest.fixture(scope="module", params=["intruders", "updates"])
+def result(request, pair):
+    if request.param == "intruders":
+        return fl.find_intruders(pair, side="both", progress=False, null_draws=2, epsilon=0.6, k=4)
+    return fl.measure_updates(pair, progress=False, null_draws=20)
+
+
+def test_round_trip(result, tmp_path):
+    result.save(tmp_path / "x.nc")
+    again = fl.load(tmp_path / "x.nc")
+    assert type(again) is type(result)
+    xr.testing.assert_identical(again.data, result.data)
+    assert again.provenance == result.provenance
+    assert again.summary() == result.summary()
+    assert again.headline() == result.headline()
+    assert again.to_frame().equals(result.to_frame())
+
+
+def test_the_file_is_plain_netcdf(result, tmp_path):
+    result.save(tmp_path / "x.nc")
+    with xr.open_dataset(tmp_path / "x.nc") as data:
+        assert set(data.data_vars) == set(result.data.data_vars)
+        assert json.loads(data.attrs["provenance"])["analysis"] in ("find_intruders", "measure_updates")
+
+
+def test_provenance_says_what_went_in(result):
+    record = result.provenance
+    assert set(record["weights_sha256"]) == {"base", "tuned"}
+    assert record["weights_sha256"]["base"] != record["weights_sha256"]["tuned"]
+    assert record["versions"]["torch"] == torch.__version__
+    assert record["wall_seconds"] > 0
+    assert record["inputs"]["base"]["source"] == "a state dict in memory"
+    given, defaulted = set(record["arguments"]), set(record["defaults"])
+    assert "null_draws" in given
+    assert "device" in defaulted
+    assert not given & defaulted
+
+
+def test_hashes_follow_the_numbers(pair):
+    one, other = (fl.measure_updates(pair, progress=False, null_draws=5).provenance["weights_sha256"] for _ in range(2))
+    assert one == other
+    limited = fl.measure_updates(pair, progress=False, null_draws=5, limit=2).provenance["weights_sha256"]
+    assert limited["base"] != one["base"]
+
+
+def test_tables_are_labelled(result):
+    frame = result.to_frame()
+    assert {"matrix", "layer", "component"} <= set(frame.columns)
+    assert frame[["matrix", "component"]].notna().all(axis=None)
+    html = result._repr_html_()
+    assert "<table" in html
+    assert type(result).__name__ in html
+
+
+def test_counts_in_the_table_are_the_counts(pair):
+    found = fl.find_intruders(pair, progress=False, null_draws=2)
+    frame = found.to_frame()
+    assert (frame["verdict"] == "intruder").sum() == found.count()
+    assert found.table("matrix")["intruders"].sum() == found.count()
+    assert found.table("layer")["vectors"].sum() == len(frame)
+    assert found.headline()["left"]["intruders"] == found.count()
+    with pytest.raises(InputError, match="right"):
+        found.count(side="right")
+    with pytest.raises(InputError, match="component, layer"):
+        found.table("colour")
+
+
+def test_null_resampling_is_that_of_the_sum():
+    """Two matrices, each 0 or 10 by draw: the total is 0, 10 or 20 with 1/4, 1/2, 1/4."""
+    from finetune_lens.results.intruders import Intruders
+
+    cosines = np.ones((1, 2, 1, 2, 10))
+    cosines[:, 1] = 0.1
+    ones = np.ones((1, 2, 10))
+    data = xr.Dataset(
+        {
+            "null_max_cos": (("null", "draw", "side", "matrix", "null_rank"), cosines),
+            **dict.fromkeys(("max_cos", "lower", "upper"), (("side", "matrix", "rank"), ones)),
+        },
+        coords={"null": ["spectrum"], "side": ["left"]},
+        attrs={"k": 10, "epsilon": 0.5},
+    )
+    null = Intruders(data).null()
+    assert (null.mean, null.low, null.high) == (10, 0, 20)
+    assert null.p_value == 1
+    assert Intruders(data).null(k=11) is None
+
+
+@pytest.mark.parametrize("content", [None, b"not netcdf", "other"])
+def test_load_refuses_what_is_not_ours(content, tmp_path):
+    path = tmp_path / "x.nc"
+    if content == "other":
+        xr.Dataset({"a": ("x", [1.0])}, attrs={"kind": "os.system"}).to_netcdf(path, engine="h5netcdf")
+    elif content is not None:
+        path.write_bytes(content)
+    with pytest.raises(InputError, match=r"x\.nc"):
+        fl.load(path)
+
+
+def test_reading_a_result_needs_no_torch(result, tmp_path):
+    result.save(tmp_path / "x.nc")
+    code = (
+        f"import sys, finetune_lens as fl; r = fl.load({str(tmp_path / 'x.nc')!r}); r.summary(); r.to_frame(); "
+        "assert 'torch' not in sys.modules and 'matplotlib' not in sys.modules"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=60)
