@@ -139,10 +139,14 @@ class ModelPair:
             other = merge_adapter(one, other)
         known = one.config or other.config
         layout = lay_out(one, config=known, fused=fused, orientation=orientation)
+        if other.is_adapter:  # it may hold only tensors whose shape does not tell
+            orientation = layout.orientation
         replaced = lay_out(other, config=known, fused=fused, orientation=orientation)
         alignment = Alignment(
             ignored=layout.ignored,
-            notes=list(dict.fromkeys([*one.notes, *other.notes, *layout.notes, *replaced.notes])),
+            notes=list(
+                dict.fromkeys([*one.notes, *other.notes, *layout.notes, *([] if other.is_adapter else replaced.notes)])
+            ),
         )
         if other.is_adapter:
             parts = _adapted(layout, replaced, other, alignment)

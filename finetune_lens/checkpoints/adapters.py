@@ -1,13 +1,17 @@
 """PEFT adapters: LoRA as a factored update, everything else through PEFT itself as a dense one."""
 
+import copy
+import difflib
 import re
 import warnings
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from finetune_lens.checkpoints.files import fingerprint, from_module, open_pickle, open_safetensors, read_json
+from finetune_lens.checkpoints.layout import LAYER
 from finetune_lens.checkpoints.stored import Checkpoint, LowRank, Stored, unwrapped
 from finetune_lens.errors import InputError
 
@@ -18,13 +22,12 @@ NO_WEIGHTS = {
 }  # fmt: skip
 # LoRA options that make the update something else than scale · B @ A. PEFT computes those.
 NOT_FACTORED = (
-    "use_dora", "lora_bias", "layer_replication", "trainable_token_indices", "target_parameters", "use_qalora",
+    "use_dora", "lora_bias", "trainable_token_indices", "target_parameters", "use_qalora",
     "alora_invocation_tokens", "arrow_config", "velora_config", "use_bdlora", "kasa_config", "monteclora_config",
 )  # fmt: skip
-# Initialisations that change the base weights, and that PEFT repeats exactly when it loads the adapter.
-BASE_CHANGING = ("pissa", "olora")
 # Initialisations that change the base weights in a way that cannot be repeated from the adapter alone.
 NOT_REPEATABLE = ("pissa_niter", "corda", "loftq", "lora_ga")
+# Initialisations that leave the base alone. PEFT repeats the others (PiSSA, OLoRA) when it loads the adapter.
 UNCHANGED_BASE = (True, False, None, "gaussian", "eva", "orthogonal")
 
 FACTOR = re.compile(r"^(?P<module>.+)\.lora_(?:embedding_)?(?P<side>[AB])(\.weight)?$")
@@ -41,11 +44,10 @@ def open_adapter(folder: Path) -> Checkpoint:
         InputError: no weights, an adapter that changes no weight, or one whose base cannot be rebuilt.
     """
     config = read_json(folder / "adapter_config.json")
-    kind = str(config.get("peft_type", "")).upper()
+    kind = str(config.get("peft_type") or "").upper()
     if not kind:
         raise InputError(f"{folder / 'adapter_config.json'} has no peft_type; expected the config that PEFT writes")
-    if kind in NO_WEIGHTS:
-        raise InputError(f"{folder} is a {kind} adapter: it changes no weight of the model, so there is no update")
+    _refuse_weightless(kind, str(folder))
     file = next(
         (folder / n for n in ("adapter_model.safetensors", "adapter_model.bin") if (folder / n).is_file()), None
     )
@@ -71,16 +73,28 @@ def open_adapter(folder: Path) -> Checkpoint:
             f"{folder}: init_lora_weights={init!r} changed the base in a way that the adapter alone does not tell; "
             "save it with PEFT's path_initial_model_for_weight_conversion, or give the merged model"
         )
+    if config.get("layer_replication"):
+        raise InputError(f"{folder} repeats layers of its base (layer_replication): they have no counterpart there")
     pairs = _pairs(raw)
     if kind != "LORA" or init not in UNCHANGED_BASE or any(config.get(o) for o in NOT_FACTORED) or pairs is None:
         checkpoint.factors = None
         checkpoint.origin["merge"] = str(folder)
+        checkpoint.tensors = raw
         return checkpoint
+    checkpoint.tensors = {name: stored for name, stored in raw.items() if ".lora_" not in name}
     checkpoint.factors = {
         module: _factor(a, b, _scale(config, module, a.shape[0]), module, folder) for module, (a, b) in pairs.items()
     }
-    checkpoint.tensors = {name: stored for name, stored in raw.items() if ".lora_" not in name}
+    for module in [m for m in pairs if f"{m}.weight" in checkpoint.tensors]:  # an embedding saved beside its factors
+        turned = any(name.startswith(f"{module}.lora_embedding_") for name in raw)
+        weight, update = checkpoint.tensors[f"{module}.weight"], checkpoint.factors.pop(module)
+        checkpoint.tensors[f"{module}.weight"] = _sum(weight, update, turned)
     return checkpoint
+
+
+def _refuse_weightless(kind: str, source: str) -> None:
+    if kind in NO_WEIGHTS:
+        raise InputError(f"{source} is a {kind} adapter: it changes no weight of the model, so there is no update")
 
 
 def _pairs(raw: dict[str, Stored]) -> dict[str, tuple[Stored, Stored]] | None:
@@ -112,6 +126,16 @@ def _factor(a: Stored, b: Stored, scale: float, module: str, folder: Path) -> An
     return lambda: LowRank(b.read(), a.read(), scale)
 
 
+def _sum(weight: Stored, update: Callable[[], LowRank], turned: bool) -> Stored:
+    """weight + update in float64, so that their difference to the base keeps the update's rank."""
+
+    def read() -> torch.Tensor:
+        dense = update().dense()
+        return weight.read().double() + (dense.T if turned else dense)
+
+    return Stored(weight.shape, torch.float64, read)
+
+
 def merge_adapter(base: Checkpoint, adapter: Checkpoint) -> Checkpoint:
     """The base with the adapter merged by PEFT, as float32 weights in memory. Costs the whole model in memory.
 
@@ -129,18 +153,52 @@ def merge_adapter(base: Checkpoint, adapter: Checkpoint) -> Checkpoint:
             f"{folder}: a {kind} adapter of this kind is merged by PEFT, which needs the base as a Hugging Face folder "
             f"with its config.json; {base.source} is not one"
         )
+    _refuse_other_layers(base, adapter)
     model = getattr(transformers, name).from_pretrained(
         Path(location).parent, dtype=torch.float32, local_files_only=True, trust_remote_code=False
     )
     try:
         with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # advice to whoever trains
             warnings.filterwarnings("error", message="Found missing adapter keys")
-            merged = PeftModel.from_pretrained(model, folder, local_files_only=True).merge_and_unload()
-    except (RuntimeError, ValueError, KeyError, TypeError, UserWarning) as error:
-        reason = str(error).splitlines()[0]
-        raise InputError(f"{folder}: PEFT cannot put this {kind} adapter onto {base.source}: {reason}") from None
+            merged = merged_copy(PeftModel.from_pretrained(model, folder, local_files_only=True))
+    except (RuntimeError, ValueError, KeyError, TypeError, AttributeError, UserWarning) as error:
+        reason = " ".join(str(error).split())[:300]
+        raise InputError(
+            f"{folder}: PEFT cannot put this {kind} adapter onto {base.source}; is it an adapter of another base? "
+            f"PEFT says: {reason}"
+        ) from None
     checkpoint = from_module(merged)
     checkpoint.source, checkpoint.config, checkpoint.fingerprint = adapter.source, base.config, adapter.fingerprint
     checkpoint.notes = [f"{kind} adapter merged by PEFT in float32"]
     checkpoint.origin = {k: v for k, v in adapter.origin.items() if k != "merge"}
     return checkpoint
+
+
+def _refuse_other_layers(base: Checkpoint, adapter: Checkpoint) -> None:
+    """PEFT passes over tensors of layers that the base does not have."""
+    there = {name[: found.end()] for name in base.tensors if (found := LAYER.search(name))}
+    stranger = next((n for n in adapter.tensors if (f := LAYER.search(n)) and n[: f.end()] not in there), None)
+    if stranger:
+        raise InputError(
+            f"{adapter.source} is an adapter of another base: it changes {stranger}, and {base.source} has no such "
+            f"layer; nearest there: {difflib.get_close_matches(stranger, base.tensors, n=1, cutoff=0)[0]}"
+        )
+
+
+def merged_copy(model: Any) -> Any:
+    """A PEFT model's weights as its forward pass uses them, merged in a copy.
+
+    Where input and output embedding share one tensor and only one of them is adapted, PEFT's forward pass changes that
+    one and its merge both: they are separated first.
+    """
+    for config in model.peft_config.values():
+        _refuse_weightless(str(config.peft_type.value), f"{type(model).__name__} in memory")
+    model = copy.deepcopy(model)
+    ends = [model.get_base_model().get_input_embeddings(), model.get_base_model().get_output_embeddings()]
+    inner = [getattr(end, "base_layer", end) for end in ends]
+    if inner != ends and getattr(inner[0], "weight", None) is getattr(inner[1], "weight", ()):
+        inner[1].weight = torch.nn.Parameter(inner[1].weight.detach().clone())
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # advice about tied embeddings, which are apart now
+        return model.merge_and_unload()

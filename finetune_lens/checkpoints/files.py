@@ -271,10 +271,10 @@ def _untied(tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
 
 def from_module(module: torch.nn.Module) -> Checkpoint:
     """A model in memory. A PEFT model is merged in a copy: what it computes is what is compared."""
-    if hasattr(module, "merge_and_unload"):
-        import copy
+    if hasattr(module, "get_base_model"):
+        from finetune_lens.checkpoints.adapters import merged_copy
 
-        module = copy.deepcopy(module).merge_and_unload()
+        module = merged_copy(module)
     state = {name: t.detach() for name, t in module.state_dict(keep_vars=True).items()}
     checkpoint = _from_tensors(state, f"{type(module).__name__} in memory")
     config = getattr(module, "config", None)
@@ -291,6 +291,12 @@ def _from_tensors(tensors: dict[str, Any], source: str) -> Checkpoint:
 
 def _checkpoint(source: str, raw: dict[str, Stored], config: dict[str, Any] | None) -> Checkpoint:
     """Wrapper prefixes stripped, quantised tensors turned back into numbers."""
+    unmerged = next((name for name in raw if ".base_layer." in name or ".lora_" in name), None)
+    if unmerged:
+        raise InputError(
+            f"{source} holds an adapter that is not merged ({unmerged}); merge it (merge_and_unload) and save the "
+            "model, or give the folder with its adapter_config.json"
+        )
     renamed = {unwrapped(name): stored for name, stored in raw.items()}
     if len(renamed) != len(raw):
         renamed = dict(raw)

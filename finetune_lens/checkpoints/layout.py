@@ -123,6 +123,7 @@ class Layout:
     parts: dict[str, Part]
     ignored: list[str]
     notes: list[str]
+    orientation: str  # of GPT-2-style modules: "conv1d" or "linear"
 
 
 def lay_out(
@@ -168,7 +169,7 @@ def lay_out(
             f"{len(whole)} fused tensors kept whole, e.g. {min(whole)}: splitting them needs a config.json beside the "
             "weights with the number of heads and a model_type whose layout is known here"
         )
-    return Layout(parts, ignored, notes)
+    return Layout(parts, ignored, notes, "conv1d" if conv1d else "linear")
 
 
 def _canonical(tensors: dict[str, Stored]) -> dict[str, tuple[str, str]]:
