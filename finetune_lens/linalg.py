@@ -126,9 +126,10 @@ def _by_gram(matrix: Tensor, sides: tuple[Side, ...]) -> tuple[Tensor, dict[Side
         safe = torch.where(values > 0, values, torch.ones_like(values))
         derived = short.T @ vectors / safe
         derived[:, rank:] = 0  # below the rank tolerance the quotient is noise; no direction is claimed
-        # W v / σ carries the error of v, magnified by σ_1 / σ.
-        magnified = torch.where(values > 0, error * values[0] / safe, torch.ones_like(error)).clamp_max(1)
-        bases[far] = Basis(derived, values, magnified, clusters, rank)
+        # W v / σ_j multiplies the error of v along v_i by σ_i / σ_j: at most doubled where σ_i ≤ 2σ_j, and beyond that
+        # no more than noise / σ_j².
+        bound = 2 * torch.maximum(error, 2 * noise / squares.clamp_min(TINY)).clamp_max(0.5)
+        bases[far] = Basis(derived, values, bound, clusters, rank)
     return values, bases
 
 

@@ -151,6 +151,37 @@ def test_below_the_rank_tolerance_nothing_is_claimed():
     assert (verdict[1:] == -1).all()
 
 
+def test_one_arbitrary_vector_is_undetermined_on_the_longer_side():
+    """More rows than columns, one σ of zero: its left vector is any of a larger null space, in base or in tuned."""
+    rng = np.random.default_rng(14)
+    u, v = orthonormal(rng, 12, 12), orthonormal(rng, 6, 6)
+    s = np.array([6.0, 5, 4, 3, 2, 0])
+    full = np.array([6.0, 5, 4, 3, 2, 1])
+    verdict = find((u[:, :6] * full) @ v.T, (u[:, 1:7] * s) @ v.T).verdict().values[0, 0]
+    assert list(verdict[:5]) == [0] * 5
+    assert verdict[5] == -1
+    verdict = find((u[:, :6] * s) @ v.T, (u[:, [0, 1, 2, 3, 4, 9]] * full) @ v.T).verdict().values[0, 0]
+    assert list(verdict[:5]) == [0] * 5
+    assert verdict[5] == -1  # outside what the base spans, and one of the base's vectors is whatever the solver says
+
+
+@pytest.mark.parametrize("shape", [(40, 40), (60, 40), (40, 60)])
+@pytest.mark.parametrize("route", ["svd", "gram"])
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_error_bounds_contain_the_error(shape, route, side):
+    """Vectors known by construction: σ over five decades, and one far below the rest."""
+    rng = np.random.default_rng(15)
+    for spectrum in [np.geomspace(1, 1e-5, 40)] * 10 + [np.append(np.linspace(2, 1, 39), 3e-6)] * 10:
+        u, v = orthonormal(rng, shape[0], 40), orthonormal(rng, shape[1], 40)
+        matrix = torch.tensor((u * spectrum) @ v.T)
+        basis = linalg.decompose(matrix, sides=("left", "right"), route=route).side(side)
+        true = torch.tensor(u if side == "left" else v)
+        computed = basis.vectors * torch.sign((true * basis.vectors).sum(0))
+        error = torch.linalg.vector_norm(computed - true, dim=0)
+        assert (error <= 2 * basis.error + 1e-12).all()
+        assert basis.error[0] < 1e-11  # and they are not idle
+
+
 @pytest.mark.parametrize("shape", [(60, 60), (90, 60), (60, 90)])
 @pytest.mark.parametrize("planted", [0, 1, 3, 7])
 @pytest.mark.parametrize("side", ["left", "right"])
