@@ -23,6 +23,7 @@ Cost: that of the forward and backward passes; a checkpoint holds the trainable 
 import hashlib
 import json
 import math
+import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -44,10 +45,12 @@ class Run:
     Attributes:
         losses: (steps taken,) float64, the loss of each step before its update.
         scores: what `evaluate` returned, by the number of steps taken by then.
+        seconds: wall time of the steps and evaluations, interruptions left out.
     """
 
     losses: np.ndarray
     scores: dict[int, float]
+    seconds: float
 
 
 def train(
@@ -95,6 +98,7 @@ def train(
     stepper = torch.optim.SGD(groups) if optimizer == "sgd" else torch.optim.AdamW(groups, betas=(0.9, 0.99))
     losses: list[float] = []
     scores: dict[int, float] = {}
+    seconds = 0.0
 
     identity = ""
     if checkpoint is not None:
@@ -105,8 +109,9 @@ def train(
             if saved["identity"] == identity:
                 model.load_state_dict(saved["model"], strict=False)
                 stepper.load_state_dict(saved["optimizer"])
-                losses, scores = saved["losses"], saved["scores"]
+                losses, scores, seconds = saved["losses"], saved["scores"], saved["seconds"]
 
+    start = time.perf_counter() - seconds
     was_training = model.training
     devices = sorted({p.device for p in trainable.values() if p.device.type == "cuda"}, key=str)
     with (
@@ -134,13 +139,14 @@ def train(
                 if evaluate is not None:
                     model.eval()
                     scores[len(losses)] = float(evaluate())
+                seconds = time.perf_counter() - start
                 if checkpoint is not None:
-                    state = {"identity": identity, "losses": losses, "scores": scores}
+                    state = {"identity": identity, "losses": losses, "scores": scores, "seconds": seconds}
                     state |= {"model": _moving(model), "optimizer": stepper.state_dict()}
                     with whole_file(checkpoint) as path:
                         torch.save(state, path)
     model.train(was_training)
-    return Run(np.array(losses), scores)
+    return Run(np.array(losses), scores, seconds)
 
 
 def _scale(step: int, steps: int, schedule: str, warmup: int) -> float:
