@@ -1,8 +1,8 @@
 """Character-string tasks: a task token, six letters, and what becomes of them.
 
 `<reverse>gafbdk=` is answered `kdbfag<eos>`, one token a letter; the tokenizer puts `<bos>` in front. Seven base tasks
-move or map letters; the new task, `cipher`, recombines the two kinds of skill: a map never seen in training, applied to
-the reversed string. Its task token is in the vocabulary from the start and occurs in no base task.
+move or map letters; the new task, `flip`, recombines two of them: the reversed string, mirrored letter by letter. Its
+task token is in the vocabulary from the start and occurs in no base task.
 
 Every string belongs to one split by its hash, so that no string of the test split is ever trained on, in any task.
 
@@ -30,7 +30,6 @@ LENGTH = 6
 _HALF = LENGTH // 2
 _NEXT = str.maketrans(LETTERS, LETTERS[1:] + LETTERS[0])
 _MIRROR = str.maketrans(LETTERS, LETTERS[::-1])
-_CIPHER = str.maketrans(LETTERS, "hwvyuziqmcaejgdfxnoptbslkr")  # no letter stays, none goes where a base task sends it
 
 BASE_TASKS: dict[str, Callable[[str], str]] = {
     "copy": lambda text: text,
@@ -41,8 +40,8 @@ BASE_TASKS: dict[str, Callable[[str], str]] = {
     "mirror": lambda text: text.translate(_MIRROR),
     "sort": lambda text: "".join(sorted(text)),
 }
-NEW_TASK = "cipher"
-TASKS = BASE_TASKS | {NEW_TASK: lambda text: text[::-1].translate(_CIPHER)}
+NEW_TASK = "flip"
+TASKS = BASE_TASKS | {NEW_TASK: lambda text: text[::-1].translate(_MIRROR)}
 
 VOCABULARY = ["<pad>", "<bos>", "<eos>", *(f"<{task}>" for task in TASKS), "=", *LETTERS]
 _ID = {token: i for i, token in enumerate(VOCABULARY)}
