@@ -55,7 +55,7 @@ class Matrix:
         """Δ = tuned − base (out, in), subtracted in `dtype`, never in the stored type."""
         if self.update is not None:
             return self.update.dense(dtype, device)
-        return self.tuned.to(device, dtype) - self.base.to(device, dtype)
+        return self.tuned.to(device, dtype, copy=True).sub_(self.base.to(device))  # the base is cast as it is read
 
 
 def _digest(*tensors: "torch.Tensor", extra: str = "") -> str:
@@ -153,6 +153,9 @@ class ModelPair:
         else:
             parts = _matched(layout, replaced, one, other, alignment)
         alignment.matched = list(parts)
+        deep = [name for name, (part, _) in parts.items() if len(part.shape) > 2]
+        if deep:
+            alignment.notes.append(f"{len(deep)} tensors of more than two dimensions are no matrices: {_few(deep)}")
         return cls(one, other, parts, alignment)
 
     def names(self, *, matrices: bool = True, embeddings: bool = True, vectors: bool = False) -> list[str]:
