@@ -1,0 +1,28 @@
+"""Decompositions that state their error, and comparison of two singular bases. Everything is float64."""
+
+from finetune_lens.linalg.exact import EPS, Basis, Decomposition, Side, decompose
+from finetune_lens.linalg.matching import Match, match
+from finetune_lens.linalg.spectra import (
+    effective_rank,
+    haar,
+    low_rank_values,
+    null_max_cos,
+    relative_gaps,
+    singular_values,
+)
+
+__all__ = [
+    "EPS",
+    "Basis",
+    "Decomposition",
+    "Match",
+    "Side",
+    "decompose",
+    "effective_rank",
+    "haar",
+    "low_rank_values",
+    "match",
+    "null_max_cos",
+    "relative_gaps",
+    "singular_values",
+]
