@@ -249,13 +249,16 @@ def _matched(
 ) -> dict[str, tuple]:
     """Parts under a common name whose shapes agree, or agree on the shared part of the vocabulary."""
     left, right = dict(base.parts), dict(tuned.parts)
+    if not left.keys() & right.keys():
+        pairs = [(n, difflib.get_close_matches(n, right, n=1, cutoff=0)) for n in list(left)[:2]]
+        near = "; ".join(f"{n} is nearest to {found[0] if found else 'nothing'}" for n, found in pairs)
+        raise InputError(
+            f"{one.source} and {other.source} have no tensor in common: {near}; "
+            "expected two versions of one architecture"
+        )
     for mine, theirs, side in ((left, right, "base"), (right, left, "tuned model")):
         _untie(mine, theirs, side, (one if mine is left else other).config, alignment)
     common = [name for name in left if name in right]
-    if not common:
-        pairs = [(n, difflib.get_close_matches(n, right, n=1, cutoff=0)) for n in list(left)[:2]]
-        near = "; ".join(f"{n} is nearest to {found[0] if found else 'nothing'}" for n, found in pairs)
-        raise InputError(f"{one.source} and {other.source} have no tensor in common: {near}")
     alignment.only_base = [n for n in left if n not in right]
     alignment.only_tuned = [n for n in right if n not in left]
     parts = {}

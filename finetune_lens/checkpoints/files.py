@@ -3,6 +3,7 @@
 import hashlib
 import json
 import re
+import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -142,8 +143,8 @@ def read_json(file: Path) -> dict[str, Any]:
 
 def _open_shards(index: Path) -> tuple[dict[str, Stored], list[Path]]:
     where = read_json(index).get("weight_map")
-    if not isinstance(where, dict) or not where:
-        raise InputError(f"{index} has no weight_map; expected the index of a sharded checkpoint")
+    if not isinstance(where, dict) or not where or not all(isinstance(name, str) for name in where.values()):
+        raise InputError(f"{index} has no weight_map of tensors to files; expected the index of a sharded checkpoint")
     shards = [index.parent / name for name in sorted(set(where.values()))]
     missing = [p.name for p in shards if not p.is_file()]
     if missing:
@@ -158,6 +159,11 @@ def _open_shards(index: Path) -> tuple[dict[str, Stored], list[Path]]:
     return raw, shards
 
 
+def _refuse_empty(path: Path) -> None:
+    if not path.stat().st_size:
+        raise InputError(f"{path} is empty: a download or a save was cut off; fetch or save it again")
+
+
 def open_safetensors(path: Path) -> dict[str, Stored]:
     from safetensors import SafetensorError, safe_open
 
@@ -168,6 +174,7 @@ def open_safetensors(path: Path) -> dict[str, Stored]:
 
         return read
 
+    _refuse_empty(path)
     try:
         with safe_open(path, "pt") as file:
             names = list(file.keys())
@@ -177,7 +184,7 @@ def open_safetensors(path: Path) -> dict[str, Stored]:
                 for name, s in slices.items()
             }
     except SafetensorError as error:
-        raise InputError(f"{path} is truncated or not a safetensors file: {error}") from None
+        raise InputError(f"{path} is truncated or not a safetensors file: {error}; fetch or save it again") from None
     except KeyError as error:
         raise InputError(f"{path} holds tensors of type {error}, which this version does not read") from None
 
@@ -207,24 +214,29 @@ def open_pickle(path: Path) -> tuple[dict[str, Stored], dict[str, Any] | None]:
     """
 
     def load() -> Any:
-        try:
-            return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-        except RuntimeError as error:
-            if "mmap can only be used" not in str(error):
-                raise
-            return torch.load(path, map_location="cpu", weights_only=True)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of pickle protocols; what matters ends in an error
+            try:
+                return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+            except RuntimeError as error:
+                if "mmap can only be used" not in str(error):
+                    raise
+                return torch.load(path, map_location="cpu", weights_only=True)
 
+    _refuse_empty(path)
     try:
         content = load()
     except Exception as error:  # whatever a damaged or hostile file provokes in the unpickler
-        reason = str(error).splitlines()[0]
-        if "Weights only load failed" in str(error) and "Unsupported" in str(error):
-            what = re.search(r"GLOBAL ([\w.]+)", str(error))
+        found = re.search(r"GLOBAL ([\w.]+)", str(error))
+        if found:
             raise InputError(
-                f"{path} refused: it holds Python objects{f' ({what[1]})' if what else ''} that loading would execute; "
+                f"{path} refused: it holds Python objects ({found[1]}) that loading would execute; "
                 "save the state dict alone (torch.save(model.state_dict(), …)) or convert it to safetensors"
             ) from None
-        raise InputError(f"{path} is damaged or not a PyTorch checkpoint: {reason}") from None
+        reason = (str(error) or type(error).__name__).splitlines()[0]
+        if reason.startswith("Weights only load failed"):  # and advises to load it without that protection
+            reason = "its content is not that of torch.save"
+        raise InputError(f"{path} is damaged or not a PyTorch checkpoint: {reason}; fetch or save it again") from None
     keys, tensors = _state_dict_in(content)
     if not tensors:
         raise InputError(f"{path} holds no tensors: expected a state dict, plain or under one of {', '.join(NESTS)}")
@@ -291,6 +303,8 @@ def _from_tensors(tensors: dict[str, Any], source: str) -> Checkpoint:
 
 def _checkpoint(source: str, raw: dict[str, Stored], config: dict[str, Any] | None) -> Checkpoint:
     """Wrapper prefixes stripped, quantised tensors turned back into numbers."""
+    if not raw:
+        raise InputError(f"{source} holds no tensors; expected the weights of a model")
     unmerged = next((name for name in raw if ".base_layer." in name or ".lora_" in name), None)
     if unmerged:
         raise InputError(
