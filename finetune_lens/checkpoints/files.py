@@ -4,6 +4,7 @@ import hashlib
 import json
 import re
 import warnings
+import zipfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -210,20 +211,16 @@ def open_pickle(path: Path) -> tuple[dict[str, Stored], dict[str, Any] | None]:
     """Tensors of a `torch.save` file, and the model's sizes where the script stored them (nanoGPT's `model_args`).
 
     Loaded with `weights_only`, so that nothing in the file is ever executed; mapped, except for the format of PyTorch
-    before 1.6, which has to be read whole.
+    before 1.6, which has to be read whole and stays in memory.
     """
 
     def load() -> Any:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of pickle protocols; what matters ends in an error
-            try:
-                return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-            except RuntimeError as error:
-                if "mmap can only be used" not in str(error):
-                    raise
-                return torch.load(path, map_location="cpu", weights_only=True)
+            return torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
 
     _refuse_empty(path)
+    mapped = zipfile.is_zipfile(path)
     try:
         content = load()
     except Exception as error:  # whatever a damaged or hostile file provokes in the unpickler
@@ -250,7 +247,10 @@ def open_pickle(path: Path) -> tuple[dict[str, Stored], dict[str, Any] | None]:
 
         return read
 
-    stored = {name: Stored(tuple(t.shape), t.dtype, reader(name)) for name, t in _untied(tensors).items()}
+    stored = {
+        name: Stored(tuple(t.shape), t.dtype, reader(name)) if mapped else Stored.of(t.detach())
+        for name, t in _untied(tensors).items()
+    }
     config = content.get("model_args") if isinstance(content, dict) else None
     return stored, config if isinstance(config, dict) else None
 
