@@ -315,6 +315,8 @@ def test_contradicting_orientations_are_refused():
         ("layers.12.feed_forward.w1.weight", 12, "gate"),
         ("layers.12.feed_forward.w3.weight", 12, "up"),
         ("layers.12.feed_forward.w2.weight", 12, "down"),
+        ("transformer.blocks.0.norm_1.weight", 0, "norm"),
+        ("model.layers.0.self_attn.vln_proj.weight", 0, "self_attn.vln_proj"),
         ("tok_embeddings.weight", None, "embed"),
         ("output.weight", None, "unembed"),
         ("model.layers.0.self_attn.kv_a_proj_with_mqa.weight", 0, "self_attn.kv_a_proj_with_mqa"),

@@ -204,7 +204,7 @@ def watch():
     global peak
     while going:
         peak = max(peak, anonymous())
-        time.sleep(0.001)
+        time.sleep(0.003)
 
 watcher = threading.Thread(target=watch)
 watcher.start()
@@ -221,9 +221,9 @@ print(peak - before, count)
 
 
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="memory is read from /proc")
-@pytest.mark.parametrize(("kind", "count"), [("safetensors", 12), ("pickle", 6)])
+@pytest.mark.parametrize(("kind", "count"), [("safetensors", 12), ("pickle", 4)])
 def test_a_pass_holds_a_few_matrices(tmp_path, kind, count):
-    """Two sharded models of 100 and 200 MB a side in a few copies of one float64 matrix (32 MB)."""
+    """Two sharded models of 64 and 200 MB a side in a few copies of one float64 matrix (32 MB)."""
     rows, columns = 2048, 2048
     for side in ("base", "tuned"):
         (tmp_path / side).mkdir()

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from finetune_lens.checkpoints.files import fingerprint, from_module, open_pickle, open_safetensors, read_json
-from finetune_lens.checkpoints.layout import LAYER
+from finetune_lens.checkpoints.layout import LAYER, canonical_module
 from finetune_lens.checkpoints.stored import Checkpoint, LowRank, Stored, unwrapped
 from finetune_lens.errors import InputError
 
@@ -177,12 +177,14 @@ def merge_adapter(base: Checkpoint, adapter: Checkpoint) -> Checkpoint:
 
 def _refuse_other_layers(base: Checkpoint, adapter: Checkpoint) -> None:
     """PEFT passes over tensors of layers that the base does not have."""
-    there = {name[: found.end()] for name in base.tensors if (found := LAYER.search(name))}
-    stranger = next((n for n in adapter.tensors if (f := LAYER.search(n)) and n[: f.end()] not in there), None)
+    there = {canonical_module(name) for name in base.tensors}
+    layers = {name[: found.end()] for name in there if (found := LAYER.search(name))}
+    changed = (canonical_module(name) for name in adapter.tensors)
+    stranger = next((n for n in changed if (found := LAYER.search(n)) and n[: found.end()] not in layers), None)
     if stranger:
         raise InputError(
             f"{adapter.source} is an adapter of another base: it changes {stranger}, and {base.source} has no such "
-            f"layer; nearest there: {difflib.get_close_matches(stranger, base.tensors, n=1, cutoff=0)[0]}"
+            f"layer; nearest there: {difflib.get_close_matches(stranger, there, n=1, cutoff=0)[0]}"
         )
 
 

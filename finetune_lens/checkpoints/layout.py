@@ -44,14 +44,14 @@ COMPONENTS = (
 )  # fmt: skip
 COMPONENTS = tuple((name, re.compile(rf"(^|\.)({pattern})$")) for name, pattern in COMPONENTS)
 OUTSIDE = (
-    ("embed", re.compile(r"(wte|embed_tokens|word_embeddings|embed_in|tok_embeddings|shared)$")),
-    ("pos", re.compile(r"(wpe|embed_positions|position_embeddings)$")),
+    ("embed", re.compile(r"(^|\.)(wte|embed_tokens|word_embeddings|embed_in|tok_embeddings|shared)$")),
+    ("pos", re.compile(r"(^|\.)(wpe|embed_positions|position_embeddings)$")),
     ("unembed", re.compile(r"^(lm_head|output)$")),
 )
 # How q, k, v are fused, by the config's model_type: one after the other, or head by head. `c_attn` is in blocks anyway.
 IN_BLOCKS = ("phi3", "phi3_v", "phi4_multimodal", "mpt", "modernbert")
 BY_HEAD = ("gpt_neox", "gpt_neox_japanese", "bloom", "falcon", "persimmon")
-NORM = re.compile(r"(norm|ln_?\w*|layernorm|LayerNorm|layer_norm)$")
+NORM = re.compile(r"(norm_?\d*|(^|\.)ln(_\w+|\d*))$", re.IGNORECASE)
 
 
 @dataclass(frozen=True)
