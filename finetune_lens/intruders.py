@@ -6,7 +6,8 @@ singular vectors x_i of W0; counted over j ≤ k in descending σ, summed over t
 same on Wᵀ. A count comes with two nulls: random updates of Δ's norm and rank with the energy spread evenly, and random
 updates with Δ's own singular values; verdicts cite the second.
 
-Cost a matrix, p = min(out, in): two eigendecompositions of order p (≈ 22·p³ flops) and one (4/3·p³) per null draw.
+Cost a matrix, p = min(out, in): an eigendecomposition of order p (≈ 11·p³ flops) for the base, one for a tuned side
+that is stored whole, O(p²·r) for a LoRA update of rank r; one (4/3·p³) per null draw.
 Memory: a few float64 copies of the largest matrix, whatever the model's size.
 
 >>> import torch
@@ -44,6 +45,8 @@ def find_intruders(
     epsilon: float = 0.5,
     k: int = 10,
     side: Literal["left", "right", "both"] = "left",
+    ranks: int | None = None,
+    method: Literal["auto", "exact", "update"] = "auto",
     null_draws: int = 5,
     null_ranks: int = 50,
     gap: float = 0.01,
@@ -62,6 +65,9 @@ def find_intruders(
         epsilon, k: the threshold and the number of leading vectors that the summary judges by. The result answers for
             every other ε and k too.
         side: left (output space), right (input space), or both.
+        ranks: leading vectors of the tuned weights that are looked at (at least k); None for all of them.
+        method: "exact" decomposes both sides; "update" decomposes the base and reads a factored update (LoRA) off in
+            its coordinates; "auto" does that wherever the update is factored. The answers are the same.
         null_draws: random updates per null and matrix; 0 for none.
         null_ranks: leading vectors that the nulls cover (at least k).
         gap: relative σ window within which base vectors count as near-degenerate.
@@ -76,12 +82,17 @@ def find_intruders(
         InputError: an option out of range, or no matrix to compare.
     """
     from finetune_lens import device as devices
+    from finetune_lens import linalg
     from finetune_lens.stream import each_matrix
 
     if not 0 < epsilon <= 1:
         raise InputError(f"epsilon is a cosine in (0, 1]; found {epsilon}")
     if k < 1 or null_draws < 0:
         raise InputError(f"k is at least 1 and null_draws at least 0; found {k} and {null_draws}")
+    if method not in linalg.METHODS:
+        raise InputError(f"method is one of {', '.join(linalg.METHODS)}; found {method!r}")
+    if ranks is not None and ranks < k:
+        raise InputError(f"ranks is at least k; found {ranks} and {k}")
     if side not in ("left", "right", "both"):
         raise InputError(f"side is left, right or both; found {side!r}")
     sides = ("left", "right") if side == "both" else (side,)
@@ -91,8 +102,8 @@ def find_intruders(
     where = devices.choose(device)
     null_ranks = max(k, null_ranks)
     options = {
-        "epsilon": epsilon, "k": k, "sides": sides, "null_draws": null_draws, "null_ranks": null_ranks, "gap": gap,
-        "similarity_ranks": similarity_ranks, "seed": seed, "device": where,
+        "epsilon": epsilon, "k": k, "sides": sides, "ranks": ranks, "method": method, "null_draws": null_draws,
+        "null_ranks": null_ranks, "gap": gap, "similarity_ranks": similarity_ranks, "seed": seed, "device": where,
     }  # fmt: skip
     rows = each_matrix(
         pair,
@@ -113,6 +124,8 @@ def _measure(
     epsilon: float,
     k: int,
     sides: tuple[str, ...],
+    ranks: int | None,
+    method: str,
     null_draws: int,
     null_ranks: int,
     gap: float,
@@ -127,38 +140,39 @@ def _measure(
 
     base = matrix.base.to(device, torch.float64)
     p = min(base.shape)
-    k = min(k, p)
+    ranks = p if ranks is None else min(ranks, p)
+    block = min(similarity_ranks, ranks)
     if matrix.update is None:
-        delta = matrix.delta(torch.float64, device)
-        delta_values = linalg.singular_values(delta)
-        unchanged = not bool(delta.any())
-        del delta
+        update, tuned = None, matrix.tuned_dense(torch.float64, device)
+        delta_values = linalg.singular_values(tuned - base)
+        noise = torch.finfo(matrix.base.dtype).eps if matrix.base.dtype.is_floating_point else 0.0  # rounding of W1
     else:
-        delta_values = linalg.low_rank_values(matrix.update.left, matrix.update.right).to(device)
-        delta_values = abs(matrix.update.scale) * delta_values
-        unchanged = not bool(delta_values.any())
+        tuned, low = None, matrix.update
+        update = low.scale * low.left.to(device, torch.float64), low.right.to(device, torch.float64)
+        delta_values, noise = linalg.low_rank_values(*update), 0.0
+    unchanged = not bool(delta_values.any())
     null_max_cos = np.zeros((2, null_draws, len(sides), min(null_ranks, p)), np.float32)
     if unchanged:  # the same basis on both sides by definition, however degenerate it is
         values = linalg.singular_values(base)
-        found, route, tuned_values = [_unchanged(p, min(similarity_ranks, p)) for _ in sides], "unchanged", values
-        base_values, null_max_cos = values, null_max_cos + 1
+        found = linalg.Comparison(values, values, {s: _unchanged(ranks, block) for s in sides}, "unchanged")
+        null_max_cos += 1
     else:
-        tuned = matrix.tuned_dense(torch.float64, device)
-        route = "auto"
-        while True:
-            one = linalg.decompose(base, sides=sides, route=route)
-            other = linalg.decompose(tuned, sides=sides, route=route)
-            found = [
-                linalg.match(one.side(s), other.side(s), k=p, gap=gap, block=min(similarity_ranks, p)) for s in sides
-            ]
-            open_ = any(bool(((m.lower < epsilon) & (m.upper >= epsilon))[:k].any()) for m in found)
-            if one.route == "svd" or not open_:
-                break
-            route = "svd"  # what the squared values cannot tell, the values themselves may
-        route, base_values, tuned_values = one.route, one.values, other.values
-        del tuned, one, other
-    noise = (torch.finfo(matrix.base.dtype).eps if matrix.base.dtype.is_floating_point else 0) * base_values[0]
-    delta_rank = int((delta_values > max(float(noise), p * linalg.EPS * float(delta_values[0]))).sum())
+        found = linalg.compare(
+            base,
+            tuned,
+            update,
+            ranks=ranks,
+            sides=sides,
+            gap=gap,
+            block=block,
+            epsilon=epsilon,
+            judged=k,
+            method=method,
+        )
+    del tuned
+    base_values, tuned_values = found.base_values, found.tuned_values[:ranks]
+    smallest = max(noise * float(base_values[0]), p * linalg.EPS * float(delta_values[0]))
+    delta_rank = int((delta_values > smallest).sum())
     if not unchanged and null_draws:
         kept = delta_values[: max(delta_rank, 1)]
         even = torch.full_like(kept, float(delta_values.square().sum().sqrt()) / len(kept) ** 0.5)
@@ -172,21 +186,21 @@ def _measure(
     row: Row = {
         "sigma": tuned_values.cpu().numpy(),
         "sigma_base": base_values.cpu().numpy(),
-        "gap_": linalg.relative_gaps(tuned_values).cpu().numpy(),
+        "gap_": linalg.relative_gaps(found.tuned_values)[:ranks].cpu().numpy(),
         "null_max_cos": null_max_cos,
         "delta_norm": float(delta_values.square().sum().sqrt()),
         "base_norm": float(base_values.square().sum().sqrt()),
         "delta_rank": delta_rank,
         "effective_rank": linalg.effective_rank(delta_values),
         "unchanged": unchanged,
-        "route": route,
+        "route": found.route,
         "out": base.shape[0],
         "in": base.shape[1],
     }
     for field in ("max_cos", "lower", "upper", "subspace_cos", "similarity"):
-        row[field] = np.stack([getattr(m, field).cpu().numpy() for m in found])
+        row[field] = np.stack([getattr(found.matches[s], field).cpu().numpy() for s in sides])
     row["similarity"] = row["similarity"].astype(np.float32)
-    row["best_base_rank"] = np.stack([m.best.cpu().numpy() + 1.0 for m in found])
+    row["best_base_rank"] = np.stack([found.matches[s].best.cpu().numpy() + 1.0 for s in sides])
     return row
 
 
@@ -218,7 +232,7 @@ def _assemble(rows: Any, options: dict[str, Any]) -> "Intruders":
     variables = rows.variables(
         **per_vector,
         sigma=("rank",),
-        sigma_base=("rank",),
+        sigma_base=("base_rank",),
         gap_=("rank",),
         similarity=("side", "similarity_rank", "similarity_base_rank"),
         **dict.fromkeys(scalars, ()),
@@ -252,6 +266,10 @@ def main() -> None:
         epsilon: Annotated[float, typer.Option(help="Threshold on max |cos|.")] = 0.5,
         k: Annotated[int, typer.Option(help="Leading singular vectors judged in each matrix.")] = 10,
         side: Annotated[str, typer.Option(help="left, right or both.")] = "left",
+        ranks: Annotated[
+            int | None, typer.Option(help="Vectors looked at.  [default: all]", show_default=False)
+        ] = None,
+        method: Annotated[str, typer.Option(help="auto, exact, or update (factored updates only).")] = "auto",
         null_draws: Annotated[int, typer.Option(help="Random updates per null and matrix; 0 for none.")] = 5,
         embeddings: Annotated[bool, typer.Option("--embeddings", help="Include embeddings and unembedding.")] = False,
         fused: Fused = False,
@@ -263,7 +281,7 @@ def main() -> None:
         analyse_weights(
             "intruders", base, tuned, find_intruders, common,
             fused=fused, orientation=orientation, allow_nonfinite=allow_nonfinite, seed=common.seed,
-            epsilon=epsilon, k=k, side=side, null_draws=null_draws, embeddings=embeddings,
+            epsilon=epsilon, k=k, side=side, ranks=ranks, method=method, null_draws=null_draws, embeddings=embeddings,
         )  # fmt: skip
 
     run(intruders)

@@ -282,19 +282,72 @@ def test_factored_and_merged_update_agree():
     base = torch.tensor(rng.standard_normal((40, 30)))
     a, b = torch.tensor(rng.standard_normal((4, 30))), torch.tensor(rng.standard_normal((40, 4)))
     from finetune_lens.checkpoints.stored import LowRank
+    from finetune_lens.intruders import _measure
     from finetune_lens.pair import Matrix
 
     options = {
-        "epsilon": 0.5, "k": 10, "sides": ("left", "right"), "null_draws": 2, "null_ranks": 10, "gap": 0.01,
-        "similarity_ranks": 5, "seed": 0, "device": torch.device("cpu"),
+        "epsilon": 0.5, "k": 10, "sides": ("left", "right"), "ranks": None, "null_draws": 2, "null_ranks": 10,
+        "gap": 0.01, "similarity_ranks": 5, "seed": 0, "device": torch.device("cpu"),
     }  # fmt: skip
-    from finetune_lens.intruders import _measure
+    weight = Matrix("m", 0, "up", base, None, LowRank(b, a, 0.5))
+    whole = Matrix("m", 0, "up", base, base + 0.5 * b @ a)
+    merged = _measure(whole, method="exact", **options)
+    for factored in (_measure(weight, method=method, **options) for method in ("auto", "exact", "update")):
+        assert factored["delta_rank"] == merged["delta_rank"] == 4
+        for key in ("max_cos", "sigma", "subspace_cos", "delta_norm", "effective_rank", "null_max_cos", "similarity"):
+            assert np.allclose(factored[key], merged[key], atol=1e-6), key
 
-    factored = _measure(Matrix("m", 0, "up", base, None, LowRank(b, a, 0.5)), **options)
-    merged = _measure(Matrix("m", 0, "up", base, base + 0.5 * b @ a), **options)
-    assert factored["delta_rank"] == merged["delta_rank"] == 4
-    for key in ("max_cos", "sigma", "delta_norm", "effective_rank", "null_max_cos"):
-        assert np.allclose(factored[key], merged[key], atol=1e-6), key
+
+@settings(max_examples=200, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@given(weights(), st.integers(1, 4), st.integers(0, 2**32 - 1), st.sampled_from(["left", "right"]), st.booleans())
+def test_the_update_route_agrees_with_two_naive_svds(case, rank, seed, side, top_only):
+    base, scale = case[0], np.abs(case[0]).max()
+    rng = np.random.default_rng(seed)
+    left, right = rng.standard_normal((base.shape[0], rank)), scale * rng.standard_normal((rank, base.shape[1]))
+    naive = Naive(base, base + left @ right, side)
+    ranks = min(3, min(base.shape)) if top_only else min(base.shape)
+    found = linalg.compare(
+        torch.tensor(base), None, (torch.tensor(left), torch.tensor(right)), ranks=ranks, sides=(side,), gap=0.01,
+        block=3, epsilon=0.5, judged=ranks,
+    )  # fmt: skip
+    lower, upper = (getattr(found.matches[side], bound).numpy() for bound in ("lower", "upper"))
+    assert np.all(lower <= naive.max_cos[:ranks] + 1e-9)
+    assert np.all(naive.max_cos[:ranks] <= upper + 1e-9)
+    s0, s1 = naive.s0 / max(naive.s0[0], 1e-300), naive.s1 / max(naive.s1[0], 1e-300)
+    if min(s0) > 1e-3 and min(s1) > 1e-3 and min(naive.gaps(naive.s0)) > 1e-3 and min(naive.gaps(naive.s1)) > 1e-3:
+        assert np.all(upper - lower <= 1e-3)
+        assert np.allclose(found.tuned_values[:ranks].numpy(), naive.s1[:ranks])
+
+
+@pytest.mark.parametrize("shape", [(500, 500), (450, 600), (600, 450)])
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_the_update_route_iterates_at_size(shape, side):
+    """Large enough that the leading vectors are found by Lanczos iteration, both ways round."""
+    rng = np.random.default_rng(16)
+    base = torch.tensor(rng.standard_normal(shape))
+    update = torch.tensor(3 * rng.standard_normal((shape[0], 4))), torch.tensor(rng.standard_normal((4, shape[1])))
+    found = linalg.compare(base, None, update, ranks=10, sides=(side,), gap=0.01, block=5, epsilon=0.5, judged=10)
+    naive = Naive(base.numpy(), (base + update[0] @ update[1]).numpy(), side)
+    assert found.route == "update"
+    assert np.allclose(found.matches[side].max_cos.numpy(), naive.max_cos[:10], atol=1e-8)
+    assert (found.matches[side].upper - found.matches[side].lower).max() < 1e-4
+
+
+def test_a_missed_eigenvalue_is_noticed():
+    """Sylvester's count against a list of eigenvalues from which one was dropped."""
+    from finetune_lens.linalg.lowrank import _complete
+
+    rng = np.random.default_rng(17)
+    d = torch.tensor(np.linspace(3, 1, 60))
+    base = torch.diag(d)
+    left, right = torch.tensor(rng.standard_normal((60, 3))), torch.tensor(rng.standard_normal((3, 60)))
+    z, gram = base @ right.T, right @ right.T
+    squares = torch.linalg.eigvalsh((base + left @ right) @ (base + left @ right).T).flip(0)
+    noise = torch.tensor(1e-12, dtype=torch.float64)
+    assert _complete(d.square(), left, z, gram, squares[:12], noise)
+    for missing in range(11):
+        kept = torch.cat([squares[:missing], squares[missing + 1 : 12]])
+        assert not _complete(d.square(), left, z, gram, kept, noise)
 
 
 def test_nulls_are_the_counts_of_random_updates():

@@ -2,6 +2,7 @@
 
 from finetune_lens.linalg.exact import EPS, Basis, Decomposition, Side, decompose
 from finetune_lens.linalg.matching import Match, match
+from finetune_lens.linalg.routes import METHODS, Comparison, compare
 from finetune_lens.linalg.spectra import (
     effective_rank,
     haar,
@@ -13,10 +14,13 @@ from finetune_lens.linalg.spectra import (
 
 __all__ = [
     "EPS",
+    "METHODS",
     "Basis",
+    "Comparison",
     "Decomposition",
     "Match",
     "Side",
+    "compare",
     "decompose",
     "effective_rank",
     "haar",

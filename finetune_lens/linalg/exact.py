@@ -126,28 +126,43 @@ def _by_gram(matrix: Tensor, sides: tuple[Side, ...]) -> tuple[Tensor, dict[Side
         safe = torch.where(values > 0, values, torch.ones_like(values))
         derived = short.T @ vectors / safe
         derived[:, rank:] = 0  # below the rank tolerance the quotient is noise; no direction is claimed
-        # W v / σ_j multiplies the error of v along v_i by σ_i / σ_j: at most doubled where σ_i ≤ 2σ_j, and beyond that
-        # no more than noise / σ_j².
-        bound = 2 * torch.maximum(error, 2 * noise / squares.clamp_min(TINY)).clamp_max(0.5)
-        bases[far] = Basis(derived, values, bound, clusters, rank)
+        bases[far] = Basis(derived, values, derived_error(error, noise, squares), clusters, rank)
     return values, bases
+
+
+def derived_error(
+    error: Float[Tensor, " p"], noise: Float[Tensor, ""], squares: Float[Tensor, " p"]
+) -> Float[Tensor, " p"]:
+    """Bound for W v / σ_j, given that of v.
+
+    The quotient multiplies the error of v along v_i by σ_i / σ_j: at most doubled where σ_i ≤ 2σ_j, and beyond that no
+    more than noise / σ_j².
+    """
+    return 2 * torch.maximum(error, 2 * noise / squares.clamp_min(TINY)).clamp_max(0.5)
 
 
 def _errors(
     values: Float[Tensor, " p"], noise: Float[Tensor, ""], rank: int
 ) -> tuple[Float[Tensor, " p"], Int[Tensor, " p"]]:
-    """Bounds sin θ ≤ 2·noise / gap for each vector, or for the span of its cluster.
+    """Bounds sin θ ≤ 2·noise / gap for each vector, or for the span of its cluster."""
+    clusters, gaps = clusters_and_gaps(values, noise, rank, WORST)
+    return (2 * noise / gaps.clamp_min(TINY)).clamp_max(1) if values[0] > 0 else torch.ones_like(values), clusters
 
-    Vectors whose own bound exceeds `WORST` are joined with the neighbour that is too near; what lies below the rank
-    tolerance is one cluster. The bound of a cluster uses the gap to what lies outside it.
+
+def clusters_and_gaps(
+    values: Float[Tensor, " p"], noise: Float[Tensor, ""], rank: int, worst: float
+) -> tuple[Int[Tensor, " p"], Float[Tensor, " p"]]:
+    """Which vectors are determined only together, and the gap from each cluster to what lies outside it.
+
+    Vectors whose own bound 2·noise / gap exceeds `worst` are joined with the neighbour that is too near; what lies
+    below the rank tolerance is one cluster.
     """
     step = values[:-1] - values[1:]
-    cut = step > 2 * noise / WORST
+    cut = step > 2 * noise / worst
     cut[rank:] = False
     if 0 < rank < len(values):
         cut[rank - 1] = True
     clusters = torch.cat([cut.new_zeros(1, dtype=torch.long), cut.long().cumsum(0)])
     across = step[cut]  # the gap below cluster c, which is the gap above cluster c + 1
     edge = values.new_full((1,), torch.inf)
-    gap = torch.minimum(torch.cat([edge, across]), torch.cat([across, edge]))[clusters]
-    return (2 * noise / gap.clamp_min(TINY)).clamp_max(1) if values[0] > 0 else torch.ones_like(values), clusters
+    return clusters, torch.minimum(torch.cat([edge, across]), torch.cat([across, edge]))[clusters]

@@ -21,7 +21,15 @@ class Match:
     similarity: Float[Tensor, "s t"]  # |⟨u_j, x_i⟩| of the leading vectors
 
 
-def match(base: Basis, tuned: Basis, *, k: int, gap: float, block: int) -> Match:
+def match(
+    base: Basis,
+    tuned: Basis,
+    *,
+    k: int,
+    gap: float,
+    block: int,
+    cosines: Float[Tensor, "p t"] | None = None,
+) -> Match:
     """Compare the top-k vectors u_j of `tuned` with *all* vectors x_i of `base`.
 
     Args:
@@ -29,6 +37,7 @@ def match(base: Basis, tuned: Basis, *, k: int, gap: float, block: int) -> Match
         k: how many leading vectors of `tuned`.
         gap: relative width of the window |σ_i − σ_l| ≤ gap·σ_i that makes the subspace of x_i.
         block: side of the leading block of |⟨u_j, x_i⟩| to return.
+        cosines: ⟨x_i, u_j⟩ where they are known already; then the vectors themselves are not looked at.
 
     The interval: an ordinary pair contributes |⟨u_j, x_i⟩| ± (error of u_j + error of x_i). Of vectors that are
     determined only together, ‖P u_j‖ bounds each from above and ‖P u_j‖/√size the largest from below; where u_j itself
@@ -40,7 +49,8 @@ def match(base: Basis, tuned: Basis, *, k: int, gap: float, block: int) -> Match
     p = base.vectors.shape[1]
     # u_j is known only together with its cluster, which may reach beyond k.
     reach = int((tuned.clusters <= tuned.clusters[k - 1]).sum())
-    cos = (base.vectors.T @ tuned.vectors[:, :reach]).abs().clamp_max(1)  # p × reach
+    cos = base.vectors.T @ tuned.vectors[:, :reach] if cosines is None else cosines[:, :reach]
+    cos = cos.abs().clamp_max(1)  # p × reach
     max_cos, best = cos[:, :k].max(0)
     square = cos.square()
     alone = (tuned.sizes == 1)[:reach]

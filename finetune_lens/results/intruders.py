@@ -38,7 +38,7 @@ class Intruders(Result):
 
     - max_cos, best_base_rank, subspace_cos (side, matrix, rank): max_i |⟨u_j, x_i⟩|, its i, and the cosine with the
       span of base vectors of about the same σ; lower, upper: the interval the true maximum lies in;
-    - sigma, sigma_base, gap (matrix, rank): singular values of tuned and base, relative gap to the nearest neighbour;
+    - sigma, gap (matrix, rank), sigma_base (matrix, base_rank): singular values, relative gap to the nearest neighbour;
     - null_max_cos (null, draw, side, matrix, null_rank): the same maximum for a random update;
     - similarity (side, matrix, similarity_rank, similarity_base_rank): leading block of |⟨u_j, x_i⟩|;
     - delta_norm, base_norm, delta_rank, effective_rank, unchanged, route, out, in (matrix).

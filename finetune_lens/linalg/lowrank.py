@@ -1,0 +1,133 @@
+"""A low-rank update in the singular coordinates of its base: the coordinates *are* the cosines.
+
+With W0 = U D Vᵀ, W1 = W0 + B A and out ≤ in (else everything is transposed), the Gram matrix of W1 in the basis U is
+
+    H = Uᵀ W1 W1ᵀ U = D² + Z Xᵀ + X Zᵀ + X G Xᵀ,     X = Uᵀ B,  Z = Uᵀ W0 Aᵀ,  G = A Aᵀ,
+
+a diagonal and a matrix of rank 2r. Its eigenvectors hold ⟨x_i, u_j⟩ for all i; neither V nor a division by small σ is
+needed. Once U is known, any number of updates of the same base costs O(p²·r) each.
+"""
+
+from collections.abc import Callable
+
+import numpy as np
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from finetune_lens.linalg.exact import EPS, TINY, WORST, Basis, Side, clusters_and_gaps, derived_error
+
+DENSE_BELOW = 400  # orders up to which forming H and decomposing it is faster than iterating
+EXTRA = 12  # vectors beyond the k asked for, so that the last of these has known neighbours
+
+
+def update_in_base(
+    near: Basis,
+    base: Float[Tensor, "out in"],
+    left: Float[Tensor, "out r"],
+    right: Float[Tensor, "r in"],
+    *,
+    k: int,
+    sides: tuple[Side, ...],
+) -> tuple[Float[Tensor, " t"], dict[Side, tuple[Basis, Float[Tensor, "p t"]]]]:
+    """The leading singular vectors of base + left @ right, as cosines with the base's.
+
+    Args:
+        near: the base's singular vectors on its shorter side, all of them (`decompose`).
+        base: the base's weight; only its product with `right` is taken.
+        k: how many leading vectors.
+
+    Returns:
+        The leading singular values of the sum, and by side its basis (without vectors) with ⟨x_i, u_j⟩.
+
+    Cost: 2·p·q·r + 4·p²·r flops, then O(p·r) an iteration.
+    """
+    if base.shape[0] > base.shape[1]:
+        base, left, right = base.T, right.T, left.T
+        near_side, far_side = "right", "left"
+    else:
+        near_side, far_side = "left", "right"
+    p = near.vectors.shape[1]
+    d = near.values
+    x = near.vectors.T @ left
+    z = near.vectors.T @ (base @ right.T)
+    gram = right @ right.T
+    size = float(d[0]) + float(torch.linalg.matrix_norm(left, 2) * torch.linalg.matrix_norm(right, 2))
+    noise = torch.tensor(4 * max(base.shape) * EPS * size**2, dtype=torch.float64, device=d.device)
+
+    def apply(q: Tensor) -> Tensor:
+        xq = x.T @ q
+        return d.square()[:, None] * q + z @ xq + x @ (z.T @ q + gram @ xq)
+
+    wanted = min(p, k + EXTRA)
+    found = None
+    if p > DENSE_BELOW and wanted < p // 2:
+        found = _iterate(apply, p, wanted)
+        if found is not None and not _complete(d.square(), x, z, gram, found[0], noise):
+            found = None
+    if found is None:
+        squares, vectors = torch.linalg.eigh(apply(torch.eye(p, dtype=torch.float64, device=d.device)))
+        found = squares.flip(0)[:wanted], vectors.flip(1)[:, :wanted]
+    squares, vectors = found
+    residual = torch.linalg.vector_norm(apply(vectors) - vectors * squares, dim=0)
+    squares = squares.clamp_min(0)
+    rank = int((squares > noise).sum())
+    slack = residual.max() + noise
+    clusters, gaps = clusters_and_gaps(squares, slack, rank, WORST)
+    if wanted < p:  # of what follows the last vector only this is known: it is no larger
+        gaps = torch.where(clusters == clusters[-1], torch.zeros_like(gaps), gaps)
+    error = (2 * (residual + noise) / gaps.clamp_min(TINY)).clamp_max(1)
+    values = squares.sqrt()
+    empty = vectors.new_empty(0, len(values))
+    result: dict[Side, tuple[Basis, Tensor]] = {}
+    if near_side in sides:
+        result[near_side] = (Basis(empty, values, error, clusters, rank), vectors)
+    if far_side in sides:
+        safe = d.clamp_min(TINY)
+        far = d[:, None] * vectors + (z @ (x.T @ vectors)) / safe[:, None]
+        far[near.rank :] = 0
+        far = far / values.clamp_min(TINY)
+        result[far_side] = (Basis(empty, values, derived_error(error, noise, squares), clusters, rank), far)
+    return values, result
+
+
+def _iterate(apply: Callable[[Tensor], Tensor], p: int, k: int) -> tuple[Tensor, Tensor] | None:
+    """The k largest eigenpairs by implicitly restarted Lanczos; None where it does not converge."""
+    from scipy.sparse.linalg import ArpackNoConvergence, LinearOperator, eigsh
+
+    def matvec(v: np.ndarray) -> np.ndarray:
+        return apply(torch.from_numpy(v.reshape(-1, 1))).numpy()[:, 0]
+
+    start = torch.randn(p, dtype=torch.float64, generator=torch.Generator().manual_seed(0)).numpy()
+    operator = LinearOperator((p, p), matvec=matvec, dtype=start.dtype)
+    try:
+        squares, vectors = eigsh(operator, k=k, which="LA", v0=start, ncv=min(p - 1, max(3 * k, 60)), tol=1e-14)
+    except ArpackNoConvergence:
+        return None
+    return torch.from_numpy(squares[::-1].copy()), torch.from_numpy(vectors[:, ::-1].copy())
+
+
+def _complete(
+    diagonal: Float[Tensor, " p"],
+    x: Float[Tensor, "p r"],
+    z: Float[Tensor, "p r"],
+    gram: Float[Tensor, "r r"],
+    found: Float[Tensor, " t"],
+    noise: Tensor,
+) -> bool:
+    """Whether `found` holds every eigenvalue of H above the smallest of it: none was missed.
+
+    By Sylvester's law, with P = [X Z] and C = [[G, 1], [1, 0]] (H = D² + P C Pᵀ), the number of eigenvalues above μ is
+    that of D² − μ plus the change of the signs of −C⁻¹ − Pᵀ (D² − μ)⁻¹ P against those of −C⁻¹, which has r positive.
+    """
+    r = x.shape[1]
+    mu = found[-1] - 10 * noise
+    shifted = diagonal - mu
+    if shifted.abs().min() < noise:
+        return False
+    p = torch.cat([x, z], 1)
+    eye, zero = torch.eye(r, dtype=p.dtype), torch.zeros(r, r, dtype=p.dtype)
+    inverse = torch.cat([torch.cat([zero, eye], 1), torch.cat([eye, -gram], 1)])
+    signs = torch.linalg.eigvalsh(-inverse - p.T @ (p / shifted[:, None]))
+    above = int((shifted > 0).sum()) + int((signs > 0).sum()) - r
+    return above == len(found)
