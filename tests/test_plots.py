@@ -176,14 +176,6 @@ def test_null_band_is_the_null_of_the_result_and_ends_where_it_does(short):
     assert shade(by_epsilon, 1)[x[69]] == (null.low, null.high)
 
 
-def test_null_band_in_pieces_is_the_same(monkeypatch):
-    module = sys.modules["finetune_lens.plots.intruder_counts"]
-    counts = np.random.default_rng(1).integers(0, 4, (5, 7, 3))
-    whole = module.band(counts)
-    monkeypatch.setattr(module, "CHUNK", 7 * 33)
-    np.testing.assert_array_equal(module.band(counts), whole)
-
-
 def test_no_null_no_band():
     result = intruders(null=0)
     by_epsilon, _ = plots.intruder_counts(result)

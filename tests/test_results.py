@@ -115,6 +115,16 @@ def test_null_resampling_is_that_of_the_sum():
     assert Intruders(data).null(k=11) is None
 
 
+def test_null_resampling_in_pieces_is_the_same(monkeypatch):
+    from finetune_lens.results import intruders
+
+    counts = np.random.default_rng(1).integers(0, 4, (5, 7, 3))
+    whole = intruders.resampled_totals(counts)
+    assert abs(whole.mean(0) - counts.mean(0).sum(0)).max() < 0.1
+    monkeypatch.setattr(intruders, "CHUNK", 7 * 33)
+    np.testing.assert_array_equal(intruders.resampled_totals(counts), whole)
+
+
 @pytest.mark.parametrize("content", [None, b"not netcdf", "other"])
 def test_load_refuses_what_is_not_ours(content, tmp_path):
     path = tmp_path / "x.nc"

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from finetune_lens.plots._style import NULL_BAND, NULL_LINE, OBSERVED, PAGE, legend, new_axes, side_of, styled
-from finetune_lens.results.intruders import NULL_DRAWS
+from finetune_lens.results.intruders import resampled_totals
 
 if TYPE_CHECKING:
     import xarray as xr
@@ -16,7 +16,6 @@ if TYPE_CHECKING:
 
 EPSILONS = np.linspace(0.01, 0.95, 95)  # towards 1 every vector counts
 WITHOUT_NULL = 50  # vectors shown when no null says how many
-CHUNK = 4_000_000  # numbers held at once while resampling
 DASHED = {"color": "0.6", "lw": 0.8, "ls": (0, (3, 2))}
 
 
@@ -64,17 +63,8 @@ def intruder_counts(
 
 
 def band(counts: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Mean and 95 % interval of the total, from counts (draw, matrix, point): `Intruders.null` at every point at once.
-
-    The same resamples as there, taken for all points together: total = Σ_draw [pick = draw] @ counts[draw].
-    """
-    draws, n, points = counts.shape
-    generator, totals = np.random.default_rng(0), []
-    rows = max(1, CHUNK // max(n, points))
-    for start in range(0, NULL_DRAWS, rows):
-        pick = generator.integers(draws, size=(min(rows, NULL_DRAWS - start), n))
-        totals.append(sum((pick == d).astype(np.float32) @ counts[d].astype(np.float32) for d in range(draws)))
-    low, high = np.quantile(np.concatenate(totals), [0.025, 0.975], axis=0)
+    """Mean and 95 % interval of the total at every point, from counts (draw, matrix, point): `Intruders.null` at each."""
+    low, high = np.quantile(resampled_totals(counts), [0.025, 0.975], axis=0)
     return counts.mean(0).sum(0), low, high
 
 

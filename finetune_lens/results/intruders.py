@@ -15,6 +15,7 @@ if TYPE_CHECKING:
 
 VERDICTS = {1: "intruder", 0: "not", -1: "undetermined"}
 NULL_DRAWS = 10_000
+CHUNK = 4_000_000  # numbers held at once while resampling
 
 
 @dataclass(frozen=True)
@@ -28,6 +29,22 @@ class Null:
 
     def __str__(self) -> str:
         return f"{self.mean:.1f} [{self.low:.0f}, {self.high:.0f}]"
+
+
+def resampled_totals(counts: np.ndarray) -> np.ndarray:
+    """Totals over the matrices of counts (draw, matrix, point), one draw a matrix: (resample, point).
+
+    total = Σ_draw [pick = draw] @ counts[draw], in pieces, so that memory does not grow with the number of matrices.
+    """
+    draws, n, points = counts.shape
+    generator = np.random.default_rng(0)
+    rows = max(1, CHUNK // max(n, points))
+    totals = np.empty((NULL_DRAWS, points), np.float32)
+    for start in range(0, NULL_DRAWS, rows):
+        pick = generator.integers(draws, size=(min(rows, NULL_DRAWS - start), n))
+        pieces = ((pick == d).astype(np.float32) @ counts[d].astype(np.float32) for d in range(draws))
+        totals[start : start + rows] = sum(pieces)
+    return totals
 
 
 class Intruders(Result):
@@ -114,9 +131,7 @@ class Intruders(Result):
         if per_draw is None:
             return None
         per_draw = per_draw[:, matrices]
-        draws, n = per_draw.shape
-        pick = np.random.default_rng(0).integers(draws, size=(NULL_DRAWS, n))
-        totals = np.take_along_axis(per_draw, pick, 0).sum(1) if n else np.zeros(NULL_DRAWS)
+        totals = resampled_totals(per_draw[:, :, None])[:, 0]
         observed = int((self._top(epsilon, k, side) == 1).values[matrices].sum())
         low, high = np.quantile(totals, [0.025, 0.975])
         p_value = (1 + (totals >= observed).sum()) / (1 + NULL_DRAWS)
