@@ -164,6 +164,18 @@ def test_a_folder_with_one_weight_file_of_any_name(library, tmp_path):
     same_parts(open_checkpoint(tmp_path), open_checkpoint(library.model("llama")))
 
 
+def test_the_index_says_which_shard_holds_a_tensor(tmp_path):
+    """Stale copies in other shards are not taken for it."""
+    for shard, value in (("one", 1.0), ("two", 2.0), ("three", 3.0)):
+        save_file({"a.weight": torch.full((2, 2), value), f"{shard}.weight": torch.ones(2)}, tmp_path / shard)
+        (tmp_path / shard).rename(tmp_path / f"{shard}.safetensors")
+    where = {"a.weight": "one.safetensors", "three.weight": "three.safetensors", "two.weight": "two.safetensors"}
+    (tmp_path / "model.safetensors.index.json").write_text(json.dumps({"weight_map": where}))
+    found = open_checkpoint(tmp_path).tensors
+    assert set(found) == set(where)
+    assert torch.equal(found["a.weight"].read(), torch.ones(2, 2))
+
+
 def test_safetensors_are_preferred_to_pickles(library, tmp_path):
     folder = as_pickle_folder(library, "llama", tmp_path)
     save_file({"lm_head.weight": torch.ones(2, 2)}, folder / "model.safetensors")
