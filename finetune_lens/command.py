@@ -12,6 +12,7 @@ import os
 import shutil
 import sys
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -116,8 +117,8 @@ def _guarded(function: Callable[..., None]) -> Callable[..., None]:
 class OutputFolder:
     """`DIR` of a command called `name`: NAME.nc, NAME.csv, run.json, figures/NAME-*.{pdf,png}.
 
-    Made in two steps so that bad input leaves nothing behind: the constructor only looks (an existing result is an
-    error unless `force`), `open` makes the folder once the input is known to be good.
+    Bad input leaves nothing behind: the constructor only looks (an existing result is an error unless `force`), `check`
+    tries, and the folder is made when there is something to put into it.
     """
 
     def __init__(self, path: Path | None, name: str, *, force: bool):
@@ -135,8 +136,9 @@ class OutputFolder:
         """Where finished chunks wait for the rest."""
         return self.path / ".partial"
 
-    def open(self) -> None:
-        """Make the folder and show that it can be written to."""
+    def check(self) -> None:
+        """Show that the folder can be made and written to, and leave everything as it was."""
+        missing = [folder for folder in (self.path, *self.path.parents) if not folder.exists()]
         probe = self.path / f".{os.getpid()}-probe"
         try:
             self.path.mkdir(parents=True, exist_ok=True)
@@ -146,9 +148,14 @@ class OutputFolder:
             raise InputError(
                 f"cannot write to the output folder {self.path}: {error.strerror}; choose another --out"
             ) from None
+        finally:
+            for folder in missing:
+                with suppress(OSError):
+                    folder.rmdir()
 
     def write(self, result: "Result") -> None:
         """Save the result, its table and its provenance, each file whole or absent; drop the finished chunks."""
+        self.path.mkdir(parents=True, exist_ok=True)
         with whole_file(self.path / f"{self.name}.csv") as path:
             result.to_frame().to_csv(path, index=False)
         with whole_file(self.path / "run.json") as path:
@@ -196,7 +203,7 @@ def analyse_weights(
 
     pair = ModelPair.load(base, tuned, online=common.online, fused=fused, orientation=orientation)
     common.say(pair.alignment.summary())
-    folder.open()
+    folder.check()
     result = analysis(
         pair,
         limit=common.limit,

@@ -28,7 +28,6 @@ def analyse(out: Path, *, figures: bool = True, progress: bool = True) -> dict[s
         }
         for name, result in results[method].items():
             target = OutputFolder(out / method, name, force=True)
-            target.open()
             target.write(result)
             if figures:
                 target.draw(fl.plots.figures_of(result))

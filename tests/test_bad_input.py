@@ -396,7 +396,7 @@ def test_options_out_of_range(library, tmp_path, command, options, message):
     assert output == ""
     assert re.search(message, errors), errors
     assert "Traceback" not in errors
-    assert not [path for path in tmp_path.rglob("*") if path.is_file()]
+    assert not list(tmp_path.iterdir())
 
 
 def test_a_folder_that_cannot_be_written(library, tmp_path, command):

@@ -63,7 +63,7 @@ def intruder_counts(
 
 
 def band(counts: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Mean and 95 % interval of the total at every point, from counts (draw, matrix, point): `Intruders.null` at each."""
+    """Mean and 95 % interval of the total at every point (`Intruders.null`), from counts (draw, matrix, point)."""
     low, high = np.quantile(resampled_totals(counts), [0.025, 0.975], axis=0)
     return counts.mean(0).sum(0), low, high
 

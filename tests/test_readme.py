@@ -1,0 +1,100 @@
+"""What the README says is what happens: its commands, its Python, its table."""
+
+import importlib.util
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from finetune_lens import demo
+
+ROOT = Path(__file__).resolve().parents[1]
+README = (ROOT / "README.md").read_text()
+
+
+def blocks(language):
+    return re.findall(rf"```{language}\n(.*?)```", README, re.DOTALL)
+
+
+@pytest.fixture
+def clone(tmp_path, monkeypatch):
+    """A folder that looks like the clone, in which runs/ may be written."""
+    (tmp_path / "finetune_lens").symlink_to(ROOT / "finetune_lens")
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+@pytest.fixture(scope="module")
+def results(tmp_path_factory):
+    return demo.analyse(tmp_path_factory.mktemp("demo"), figures=False, progress=False)
+
+
+@pytest.mark.parametrize("line", [line for block in blocks("bash") for line in block.splitlines()])
+def test_commands(line, clone):
+    words = shlex.split(line)
+    assert words[:2] == ["python", "-m"]
+    done = subprocess.run([sys.executable, *words[1:], "--no-plots"], capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    out = Path(words[words.index("--out") + 1]) if "--out" in words else Path("runs", words[2].partition(".")[2])
+    assert (clone / out / f"{words[2].partition('.')[2]}.nc").is_file()
+
+
+def test_python(clone):
+    import matplotlib
+
+    matplotlib.use("agg")
+    (code,) = blocks("python")
+    namespace = {}
+    exec(code, namespace)
+    assert namespace["r"].count() == namespace["r"].count(epsilon=0.5, k=10)
+    assert (clone / "r.nc").is_file()
+    matplotlib.pyplot.close("all")
+
+
+def test_the_table_is_what_the_demo_prints(results):
+    spec = importlib.util.spec_from_file_location("figures_demo", ROOT / "figures" / "demo.py")
+    script = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(script)
+    assert script.BLOCK.search(README)
+    assert script.with_table(README, demo.table(results)) == README
+
+
+def test_the_figure_draws(results):
+    import matplotlib
+
+    matplotlib.use("agg")
+    spec = importlib.util.spec_from_file_location("figures_demo", ROOT / "figures" / "demo.py")
+    script = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(script)
+    counts, scatter = script.draw(results).axes
+    for line, method in zip(counts.lines, demo.METHODS, strict=False):
+        found = results[method]["intruders"]
+        x, y = line.get_xdata(), line.get_ydata()
+        assert y[48] == found.count(epsilon=x[48], side="left")
+    assert len(scatter.collections) == 2
+    matplotlib.pyplot.close("all")
+
+
+def test_peft_finds_the_same(results, recwarn):
+    """PEFT's own intruder routine on the adapter that ships, matrix by matrix."""
+    from peft.tuners.lora.intruders import reduce_intruder_dimension
+
+    from finetune_lens import zoo
+    from finetune_lens.zoo import strings_recipe
+
+    folder = zoo.path("strings")
+    model = strings_recipe.load(folder / "base", folder / "lora")
+    lines = []
+    reduce_intruder_dimension(model, top_k=10, threshold_epsilon=0.5, logging_sink=lines.append)
+    theirs = {}
+    for line in lines:
+        found = re.match(r"base_model\.model\.model\.(.+): (?:Intruders: (\d+)|No intruders)", line)
+        if found:
+            theirs[found[1]] = int(found[2] or 0)
+    ours = results["lora"]["intruders"].table("matrix", side="left").set_index("matrix")["intruders"]
+    assert len(theirs) == len(ours) == 21
+    assert ours.to_dict() == theirs
+    assert sum(theirs.values()) > 0
