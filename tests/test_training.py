@@ -153,6 +153,42 @@ def test_the_learning_rate_warms_up_and_comes_down():
     assert travelled("cosine") == pytest.approx([0.5, 1, 0.75, 0.25])
 
 
+class Still(torch.nn.Module):
+    """A matrix and a vector, with a gradient of the given size everywhere."""
+
+    def __init__(self, gradient):
+        super().__init__()
+        self.matrix, self.vector = (torch.nn.Parameter(torch.ones(shape)) for shape in ((2, 2), (2,)))
+        self.gradient = gradient
+
+    def forward(self):
+        return {"loss": self.gradient * (self.matrix.sum() + self.vector.sum())}
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "sgd"])
+def test_weight_decay_shrinks_matrices_only(optimizer):
+    model = Still(0.0)
+    options = {"schedule": "constant", "weight_decay": 0.5, "optimizer": optimizer, "progress": False}
+    train(model, lambda step, generator: {}, steps=2, learning_rate=0.1, **options)
+    assert torch.allclose(model.matrix, torch.full((2, 2), 0.95**2))
+    assert torch.equal(model.vector, torch.ones(2))
+
+
+def test_the_gradient_is_clipped_to_its_norm():
+    model = Still(1000.0)
+    options = {"schedule": "constant", "optimizer": "sgd", "clip": 3.0, "progress": False}
+    train(model, lambda step, generator: {}, steps=1, learning_rate=0.1, **options)
+    travelled = torch.cat([1 - p.flatten() for p in model.parameters()]).norm().item()
+    assert travelled == pytest.approx(0.3, rel=1e-5)
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_the_model_is_in_the_mode_it_came_in(training):
+    model = net().train(training)
+    train(model, batch, evaluate=lambda: 0.0, **OPTIONS)
+    assert model.training is training
+
+
 def test_a_loss_that_is_not_finite_is_an_error():
     def broken(step, generator):
         return batch(step, generator) | ({"y": torch.full((32,), torch.nan)} if step == 3 else {})
