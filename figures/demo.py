@@ -52,6 +52,7 @@ def draw(results: dict) -> "object":
         axes[1].set(
             xlabel="$σ_j$ of the tuned weights", ylabel="max$_i$ |cos| with the base", ylim=(0, 1.02), xscale="log"
         )
+        _style.plain_logarithmic(axes[1].xaxis)
         handles = [Line2D([], [], color=c, label=demo.METHODS[m]) for m, c in COLOURS.items()]
         handles.append(Patch(color="0.8", label="chance, the update's own spectrum (95 %)"))
         axes[0].figure.legend(handles=handles, loc="outside lower center", ncols=3, frameon=False)

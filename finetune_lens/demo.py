@@ -49,7 +49,7 @@ def table(results: dict[str, dict[str, "Result"]]) -> str:
             f"new task, accuracy (base {scores['base']['test'][NEW_TASK]['accuracy']:.3f})": _interval(test),
             "base tasks, mean drop of accuracy": f"{scores[method]['forgetting']:.3f}",
             "size of the update, ‖Δ‖/‖W0‖": f"{size['relative_norm']:.3f}",
-            "effective rank of Δ, median": f"{size['effective_rank']:.1f}",
+            "effective rank of Δ, median": f"{float(intruders.data.effective_rank.median()):.1f}",
         }
         for side in intruders.sides:
             vectors = intruders.table("all", side=side)["vectors"].item()

@@ -62,6 +62,18 @@ def test_the_table_is_what_the_demo_prints(results):
     assert script.with_table(README, demo.table(results)) == README
 
 
+def test_the_reading_of_the_table(results):
+    """What the README says in words about the two counts."""
+    full, lora = results["full"]["intruders"], results["lora"]["intruders"]
+    assert lora.count(side="left") > full.count(side="left") > full.null(side="left").high
+    assert lora.null(side="left").low <= lora.count(side="left") <= lora.null(side="left").high
+    sigma = {
+        name: frame[(frame["side"] == "left") & (frame["verdict"] == "intruder")]["sigma"].median()
+        for name, frame in (("full", full.to_frame()), ("lora", lora.to_frame()))
+    }
+    assert sigma["lora"] > sigma["full"]
+
+
 def test_the_figure_draws(results):
     import matplotlib
 

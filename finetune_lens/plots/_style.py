@@ -7,13 +7,9 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from finetune_lens.errors import InputError
-
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.axis import Axis
-
-    from finetune_lens.results.intruders import Intruders
 
 COLUMN, PAGE = 3.35, 6.9  # widths in inches
 OUTSIDE = -1  # the layer of what lies outside the blocks
@@ -90,14 +86,6 @@ def ordered(labels: Iterable[str]) -> list[str]:
     labels = list(dict.fromkeys(labels))
     unknown = [n for n in labels if n not in COMPONENTS]
     return [c for c in known if c in labels] + unknown + [OTHER] * (OTHER in labels)
-
-
-def side_of(result: "Intruders", side: str | None) -> str:
-    """The side asked for, or the first that was computed."""
-    side = result.sides[0] if side is None else side
-    if side not in result.sides:
-        raise InputError(f"side {side!r} was not computed; this result has {', '.join(result.sides)}")
-    return side
 
 
 def median(values: np.ndarray) -> np.ndarray:

@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from finetune_lens.plots._style import NULL_BAND, NULL_LINE, OBSERVED, PAGE, legend, new_axes, side_of, styled
+from finetune_lens.plots._style import NULL_BAND, NULL_LINE, OBSERVED, PAGE, legend, new_axes, styled
 from finetune_lens.results.intruders import resampled_totals
 
 if TYPE_CHECKING:
@@ -29,7 +29,7 @@ def intruder_counts(
     The null ends where it was not drawn; the dashed line may leave the panel. Dots mark the run's ε
     and k. Returns the two axes.
     """
-    side = side_of(result, side)
+    side = result.chosen_side(side)
     data = result.data.sel(side=side)
     reach = data.sizes.get("null_rank", 0)
     ks = np.arange(1, min(data.sizes["rank"], 2 * max(reach or WITHOUT_NULL, result.k)) + 1)

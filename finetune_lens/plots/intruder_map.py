@@ -3,7 +3,7 @@
 from typing import TYPE_CHECKING
 
 from finetune_lens.plots._map import Cells, draw_map
-from finetune_lens.plots._style import side_of, styled
+from finetune_lens.plots._style import styled
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -20,7 +20,7 @@ def intruder_map(result: "Intruders", *, side: str | None = None, ax: "Axes | No
     from matplotlib.colors import Normalize
     from matplotlib.ticker import MaxNLocator
 
-    side = side_of(result, side)
+    side = result.chosen_side(side)
     verdict = result.verdict().sel(side=side).isel(rank=slice(result.k))
     cells = Cells(result.data)
     counts = cells.total((verdict == 1).sum("rank").values)

@@ -13,7 +13,6 @@ from finetune_lens.plots._style import (
     nothing,
     ordered,
     plain_logarithmic,
-    side_of,
     styled,
 )
 
@@ -39,7 +38,7 @@ def sigma_against_cosine(
     from matplotlib.lines import Line2D
     from matplotlib.patches import Patch
 
-    side = side_of(result, side)
+    side = result.chosen_side(side)
     data = result.data.sel(side=side).isel(rank=slice(result.k if k is None else k))
     verdict = result.verdict().sel(side=side).isel(rank=slice(data.sizes["rank"])).transpose("matrix", "rank").values
     sigma, cosine, lower, upper, gap = (

@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from finetune_lens.errors import InputError
-from finetune_lens.plots._style import COLUMN, MARK, SEQUENTIAL, new_axes, side_of, styled
+from finetune_lens.plots._style import COLUMN, MARK, SEQUENTIAL, new_axes, styled
 
 if TYPE_CHECKING:
     import xarray as xr
@@ -40,7 +40,7 @@ def similarity(
     import matplotlib as mpl
     from matplotlib.ticker import MaxNLocator
 
-    data = result.data.sel(side=side_of(result, side))
+    data = result.data.sel(side=result.chosen_side(side))
     verdict = result.verdict().sel(side=data.side).isel(rank=slice(result.k)).transpose("matrix", "rank")
     names = [str(n) for n in data.matrix.values]
     if matrix is not None and matrix not in names:

@@ -96,9 +96,10 @@ class Intruders(Result):
 
     def _top(self, epsilon: float | None, k: int | None, side: str | None) -> "xr.DataArray":
         k = self.k if k is None else k
-        return self.verdict(epsilon=epsilon).sel(side=self._side(side)).isel(rank=slice(k))
+        return self.verdict(epsilon=epsilon).sel(side=self.chosen_side(side)).isel(rank=slice(k))
 
-    def _side(self, side: str | None) -> str:
+    def chosen_side(self, side: str | None) -> str:
+        """The side asked for, or the first that was computed."""
         side = self.sides[0] if side is None else side
         if side not in self.sides:
             raise InputError(f"side {side!r} was not computed; this result has {', '.join(self.sides)}")
@@ -109,7 +110,7 @@ class Intruders(Result):
         import xarray as xr
 
         epsilons, ks = np.asarray(list(epsilons), float), np.asarray(list(ks), int)
-        upper = self.data.upper.sel(side=self._side(side)).values  # NaN compares false
+        upper = self.data.upper.sel(side=self.chosen_side(side)).values  # NaN compares false
         counts = np.stack([np.cumsum((upper < e).sum(0))[np.minimum(ks, upper.shape[1]) - 1] for e in epsilons])
         return xr.DataArray(counts, {"epsilon": epsilons, "k": ks}, ("epsilon", "k"), name="count")
 
@@ -143,7 +144,7 @@ class Intruders(Result):
         epsilon = self.epsilon if epsilon is None else epsilon
         if "null_max_cos" not in self.data or k > self.data.sizes["null_rank"]:
             return None
-        values = self.data.null_max_cos.sel(null=null, side=self._side(side)).isel(null_rank=slice(k))
+        values = self.data.null_max_cos.sel(null=null, side=self.chosen_side(side)).isel(null_rank=slice(k))
         return (values < epsilon).sum("null_rank").values
 
     def table(
