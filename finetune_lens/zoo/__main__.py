@@ -14,7 +14,7 @@ from finetune_lens.errors import InputError
 
 
 def build(
-    name: Annotated[str | None, typer.Argument(metavar="[NAME]", help="Which pair; `show` lists them.")] = None,
+    name: Annotated[str | None, typer.Argument(metavar="NAME", help="Which pair; `show` lists them.")] = None,
     *,
     every: Annotated[bool, typer.Option("--all", help="Every pair of the zoo.")] = False,
     out: Annotated[Path, typer.Option(help="Folder in which the folder NAME is made.")] = Path("runs/zoo"),
@@ -25,7 +25,7 @@ def build(
     force: Annotated[bool, typer.Option("--force", help="Replace what is already there.")] = False,
     common: Basic,
 ) -> None:
-    """Train a pair from its seed, in minutes on two cores. Interrupted, the same command continues."""
+    """Train a pair from its seed: about ten minutes, on one core. Interrupted, the same command continues."""
     if (name is None) != every:
         raise InputError(f"name one pair ({', '.join(zoo.names())}) or pass --all")
     chosen = zoo.names() if name is None else [zoo.path(name).name]
@@ -50,7 +50,7 @@ def build(
 
 
 def show(
-    name: Annotated[str | None, typer.Argument(metavar="[NAME]", help="Print the card of this pair.")] = None,
+    name: Annotated[str | None, typer.Argument(metavar="NAME", help="Print the card of this pair.")] = None,
     *,
     common: Basic,
 ) -> None:
