@@ -1,11 +1,16 @@
-"""Which device to compute on."""
+"""Which device to compute on, and with how many threads."""
 
-from typing import TYPE_CHECKING
+import functools
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
 
 from finetune_lens.errors import InputError
 
 if TYPE_CHECKING:
     import torch
+
+THREADS_FROM = 512  # order of a matrix from which decompositions gain from several threads
 
 
 def choose(name: str) -> "torch.device":
@@ -24,3 +29,29 @@ def choose(name: str) -> "torch.device":
     except (RuntimeError, AssertionError) as error:
         raise InputError(f"device {name!r} is not to be had here: {str(error).splitlines()[0]}") from None
     return device
+
+
+@contextmanager
+def threads_for(order: int) -> Iterator[None]:
+    """One thread for small matrices: they gain nothing from more, and on a busy machine lose a factor of ten."""
+    import torch
+
+    if order >= THREADS_FROM:
+        yield
+        return
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        with _pools().limit(limits=1):
+            yield
+    finally:
+        torch.set_num_threads(before)
+
+
+@functools.cache
+def _pools() -> Any:
+    """The thread pools of the BLAS libraries under numpy and scipy."""
+    import scipy.linalg  # noqa: F401  (loads the library that is to be found)
+    from threadpoolctl import ThreadpoolController
+
+    return ThreadpoolController()

@@ -31,6 +31,7 @@ from finetune_lens.results.provenance import recorded
 if TYPE_CHECKING:
     import torch
 
+    from finetune_lens import linalg
     from finetune_lens.pair import Matrix, ModelPair
     from finetune_lens.results.intruders import Intruders
     from finetune_lens.stream import Row
@@ -52,6 +53,8 @@ def find_intruders(
     gap: float = 0.01,
     similarity_ranks: int = 50,
     embeddings: bool = False,
+    cache: Path | None = None,
+    cache_gb: float = 20.0,
     limit: int | None = None,
     seed: int = 0,
     device: str = "auto",
@@ -73,6 +76,9 @@ def find_intruders(
         gap: relative σ window within which base vectors count as near-degenerate.
         similarity_ranks: side of the block of |U0ᵀU1| that is kept for the figure.
         embeddings: include embeddings and unembedding (left out by default, as published).
+        cache: folder in which the bases of large base weights are kept, by content, so that every other checkpoint of
+            the same base is compared without decomposing it again.
+        cache_gb: size that the folder may reach.
         limit: only the first so many matrices.
         seed: of the nulls.
         device: where the decompositions run; "auto" takes a GPU when there is one.
@@ -101,6 +107,7 @@ def find_intruders(
         raise InputError("no matrix to compare: the checkpoints share vectors only, or embeddings alone")
     where = devices.choose(device)
     null_ranks = max(k, null_ranks)
+    bases = None if cache is None else linalg.BasisCache(cache, int(cache_gb * 1e9))
     options = {
         "epsilon": epsilon, "k": k, "sides": sides, "ranks": ranks, "method": method, "null_draws": null_draws,
         "null_ranks": null_ranks, "gap": gap, "similarity_ranks": similarity_ranks, "seed": seed, "device": where,
@@ -108,7 +115,7 @@ def find_intruders(
     rows = each_matrix(
         pair,
         names,
-        lambda matrix: _measure(matrix, **options),
+        lambda matrix: _measure(matrix, cache=bases, **options),
         progress=progress,
         partial=partial,
         arguments=options | {"analysis": "intruders"},
@@ -126,6 +133,7 @@ def _measure(
     sides: tuple[str, ...],
     ranks: int | None,
     method: str,
+    cache: "linalg.BasisCache | None" = None,
     null_draws: int,
     null_ranks: int,
     gap: float,
@@ -168,6 +176,8 @@ def _measure(
             epsilon=epsilon,
             judged=k,
             method=method,
+            cache=cache,
+            digest=matrix.digests[0],
         )
     del tuned
     base_values, tuned_values = found.base_values, found.tuned_values[:ranks]
@@ -271,6 +281,10 @@ def main() -> None:
         ] = None,
         method: Annotated[str, typer.Option(help="auto, exact, or update (factored updates only).")] = "auto",
         null_draws: Annotated[int, typer.Option(help="Random updates per null and matrix; 0 for none.")] = 5,
+        cache: Annotated[
+            Path | None, typer.Option(help="Folder for decomposed bases, to reuse on other checkpoints.")
+        ] = None,
+        cache_gb: Annotated[float, typer.Option(help="Size that folder may reach.")] = 20.0,
         embeddings: Annotated[bool, typer.Option("--embeddings", help="Include embeddings and unembedding.")] = False,
         fused: Fused = False,
         orientation: Orientation = "auto",
@@ -282,6 +296,7 @@ def main() -> None:
             "intruders", base, tuned, find_intruders, common,
             fused=fused, orientation=orientation, allow_nonfinite=allow_nonfinite, seed=common.seed,
             epsilon=epsilon, k=k, side=side, ranks=ranks, method=method, null_draws=null_draws, embeddings=embeddings,
+            cache=cache, cache_gb=cache_gb,
         )  # fmt: skip
 
     run(intruders)

@@ -1,6 +1,7 @@
 """A base model and its tuned version, aligned tensor by tensor, streamed one matrix at a time."""
 
 import difflib
+import functools
 import hashlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
@@ -38,6 +39,7 @@ class Matrix:
         bad = {side: sum(int((~torch.isfinite(t)).sum()) for t in tensors) for side, tensors in sides.items()}
         return "; ".join(f"{side}: {count} NaN or Inf entries" for side, count in bad.items() if count)
 
+    @functools.cached_property
     def digests(self) -> tuple[str, str]:
         """SHA-256 of the bytes of either side, as stored, in the (out, in) order."""
         base = _digest(self.base)

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from finetune_lens.device import threads_for
 from finetune_lens.files import whole_file
 
 if TYPE_CHECKING:
@@ -88,10 +89,11 @@ def each_matrix(
             row = done[name]
         else:
             matrix = next(todo)
-            row = {"name": name, "problem": matrix.problem(), "digests": np.array(matrix.digests())}
+            row = {"name": name, "problem": matrix.problem(), "digests": np.array(matrix.digests)}
             if not row["problem"]:
                 layer = -1 if matrix.layer is None else matrix.layer
-                row |= {"layer": layer, "component": matrix.component} | measure(matrix)
+                with threads_for(min(matrix.base.shape)):
+                    row |= {"layer": layer, "component": matrix.component} | measure(matrix)
             del matrix
             if store is not None:
                 store.put(name, row)

@@ -333,6 +333,56 @@ def test_the_update_route_iterates_at_size(shape, side):
     assert (found.matches[side].upper - found.matches[side].lower).max() < 1e-4
 
 
+@pytest.mark.parametrize("factored", [True, False])
+def test_a_cached_base_gives_the_same_and_is_decomposed_once(factored, tmp_path, monkeypatch):
+    rng = np.random.default_rng(18)
+    base, left = torch.tensor(rng.standard_normal((300, 260))), torch.tensor(3 * rng.standard_normal((300, 4)))
+    calls = []
+    eigh = torch.linalg.eigh
+    monkeypatch.setattr(torch.linalg, "eigh", lambda w: calls.append(len(w)) or eigh(w))
+    for seed in range(3):
+        right = torch.tensor(np.random.default_rng(seed).standard_normal((4, 260)))
+        tuned, update = (None, (left, right)) if factored else (base + left @ right, None)
+        options = {"ranks": 10, "sides": ("left", "right"), "gap": 0.01, "block": 5, "epsilon": 0.5, "judged": 10}
+        calls.clear()
+        fresh = linalg.compare(base, tuned, update, **options)
+        alone = len(calls)
+        cache = linalg.BasisCache(tmp_path / "bases", 10**9)
+        calls.clear()
+        cached = linalg.compare(base, tuned, update, cache=cache, digest="w", **options)
+        assert len(calls) == alone - (seed > 0)
+        assert np.allclose(fresh.base_values, cached.base_values)
+        for side in ("left", "right"):
+            for bound in ("max_cos", "lower", "upper", "subspace_cos"):
+                one, other = (getattr(c.matches[side], bound).numpy() for c in (fresh, cached))
+                assert np.allclose(one, other, atol=1e-9), bound
+    (file,) = (tmp_path / "bases").iterdir()
+    file.write_bytes(file.read_bytes()[:1000])  # cut off: computed anew, not trusted
+    assert cache.get("w") is None
+    assert cache.get("other") is None
+
+
+def test_the_cache_stays_below_its_limit(tmp_path):
+    basis = linalg.decompose(torch.eye(30), sides=("left",)).left
+    cache = linalg.BasisCache(tmp_path / "bases", 2 * 30 * 30 * 8 + 5000)
+    for name in "abc":
+        cache.put(name, basis)
+    assert [cache.get(name) is not None for name in "abc"] == [True, True, False]
+    assert torch.equal(cache.get("a").vectors, basis.vectors)
+
+
+def test_only_the_top_is_looked_at_when_asked():
+    rng = np.random.default_rng(19)
+    base, tuned = rng.standard_normal((300, 300)), rng.standard_normal((300, 300))
+    whole, top = find(base, tuned), find(base, tuned, ranks=12)
+    assert top.data.sizes["rank"] == 12
+    assert np.allclose(top.data.max_cos, whole.data.max_cos[..., :12], atol=1e-9)
+    assert np.allclose(top.data.gap, whole.data.gap[..., :12], atol=1e-9)
+    assert top.undetermined() == 0
+    with pytest.raises(InputError, match="ranks is at least k"):
+        find(base, tuned, ranks=5)
+
+
 def test_a_missed_eigenvalue_is_noticed():
     """Sylvester's count against a list of eigenvalues from which one was dropped."""
     from finetune_lens.linalg.lowrank import _complete

@@ -159,12 +159,12 @@ def test_differences_are_taken_after_the_cast():
 def test_digests_are_of_the_numbers(library):
     same = ModelPair.load(library.saved("gpt2"), library.model("gpt2"))
     for matrix in same.matrices():
-        base, tuned = matrix.digests()
+        base, tuned = matrix.digests
         assert base == tuned
     changed = library.fresh("gpt2")
     changed.transformer.wte.weight[0, 0] += 1e-3
     (matrix,) = ModelPair.load(library.saved("gpt2"), changed).matrices(["wte"])
-    assert len(set(matrix.digests())) == 2
+    assert len(set(matrix.digests)) == 2
 
 
 def test_the_pair_says_where_it_came_from(library):
@@ -210,7 +210,7 @@ watcher = threading.Thread(target=watch)
 watcher.start()
 for matrix in pair.matrices():
     assert not matrix.problem()
-    matrix.digests()
+    matrix.digests
     delta = matrix.delta(torch.float64)
     count += delta.numel()
     del matrix, delta

@@ -1,5 +1,6 @@
 """Decompositions that state their error, and comparison of two singular bases. Everything is float64."""
 
+from finetune_lens.linalg.cache import BasisCache
 from finetune_lens.linalg.exact import EPS, Basis, Decomposition, Side, decompose
 from finetune_lens.linalg.matching import Match, match
 from finetune_lens.linalg.routes import METHODS, Comparison, compare
@@ -16,6 +17,7 @@ __all__ = [
     "EPS",
     "METHODS",
     "Basis",
+    "BasisCache",
     "Comparison",
     "Decomposition",
     "Match",

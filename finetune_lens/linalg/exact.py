@@ -17,6 +17,7 @@ from torch import Tensor
 EPS = torch.finfo(torch.float64).eps
 TINY = torch.finfo(torch.float64).tiny
 GRAM_FROM = 256  # shorter side at which the Gram route overtakes the SVD (benchmarks/decompositions.py)
+EXTRA = 12  # vectors beyond those asked for, so that the last of these has known neighbours
 WORST = 1e-3  # a vector whose bound is larger than this counts as undetermined and is treated with its cluster
 
 Side = Literal["left", "right"]
@@ -64,7 +65,12 @@ class Decomposition:
 
 
 def decompose(
-    matrix: Float[Tensor, "out in"], *, sides: tuple[Side, ...] = ("left",), route: str = "auto"
+    matrix: Float[Tensor, "out in"],
+    *,
+    sides: tuple[Side, ...] = ("left",),
+    route: str = "auto",
+    top: int | None = None,
+    near: Basis | None = None,
 ) -> Decomposition:
     """Singular values and vectors, with error bounds.
 
@@ -72,24 +78,36 @@ def decompose(
         matrix: any real type; computed in float64 on the matrix's device.
         sides: which bases are wanted.
         route: "gram", "svd", or "auto" (Gram from a shorter side of 256 on).
+        top: only so many leading vectors, by the Gram route (a few more are returned, as neighbours of the last).
+        near: the basis of the matrix's shorter side where it is known already; the other side is derived from it.
 
     The Gram route squares the singular values: those below about 1e-7 of the largest are not told apart there, and the
-    bounds say so. Cost for p = min(out, in), q = max(out, in): SVD ≈ 20·p²q flops; Gram ≈ 2·p²q + 9·p³, and 2·p²q more
-    for the longer side's basis. Memory: a few float64 copies of the matrix.
+    bounds say so. Cost for p = min(out, in), q = max(out, in): SVD ≈ 20·p²q flops; Gram ≈ 2·p²q + 9·p³ (with `top`
+    2·p²q + (4/3)·p³), and 2·p²q more for the longer side's basis. Memory: the float64 matrix, its Gram matrix and the
+    vectors.
     """
     matrix = matrix.to(torch.float64)
-    largest = matrix.abs().max() if matrix.numel() else matrix.new_zeros(())
-    scale = largest if largest > 0 else torch.ones_like(largest)
-    matrix = matrix / scale  # singular vectors do not change, and squares neither overflow nor vanish
+    if near is not None:
+        noise = 2 * max(matrix.shape) * EPS * near.values[0].square()
+        bases = _both_sides(matrix, near, noise, sides)
+        return Decomposition(near.values, bases.get("left"), bases.get("right"), "gram")
+    largest = float(matrix.abs().max()) if matrix.numel() else 0.0
+    scale = 1.0 if largest == 0 or 1e-100 < largest < 1e100 else largest  # squares neither overflow nor vanish
+    if scale != 1:
+        matrix = matrix / scale
     if route == "auto":
         route = "gram" if min(matrix.shape) >= GRAM_FROM else "svd"
-    solve = _by_gram if route == "gram" else _by_svd
-    values, bases = solve(matrix, sides)
+    values, bases = _by_gram(matrix, sides, top) if route == "gram" else _by_svd(matrix, sides)
     bases = {side: _rescaled(basis, scale) for side, basis in bases.items()}
     return Decomposition(values * scale, bases.get("left"), bases.get("right"), route)
 
 
-def _rescaled(basis: Basis, scale: Tensor) -> Basis:
+def near_side(shape: tuple[int, ...]) -> Side:
+    """The side of the shorter dimension, whose Gram matrix is the smaller."""
+    return "left" if shape[0] <= shape[1] else "right"
+
+
+def _rescaled(basis: Basis, scale: float) -> Basis:
     return Basis(basis.vectors, basis.values * scale, basis.error, basis.clusters, basis.rank)
 
 
@@ -97,7 +115,8 @@ def _by_svd(matrix: Tensor, sides: tuple[Side, ...]) -> tuple[Tensor, dict[Side,
     u, values, vh = torch.linalg.svd(matrix, full_matrices=False)
     noise = max(matrix.shape) * EPS * values[0]
     rank = int((values > noise).sum())
-    error, clusters = _errors(values, noise, rank)
+    clusters, gaps = clusters_and_gaps(values, noise, rank)
+    error = _bound(values, noise, gaps)
     vectors = {"left": u, "right": vh.T}
     bases = {}
     for side in sides:
@@ -109,60 +128,77 @@ def _by_svd(matrix: Tensor, sides: tuple[Side, ...]) -> tuple[Tensor, dict[Side,
     return values, bases
 
 
-def _by_gram(matrix: Tensor, sides: tuple[Side, ...]) -> tuple[Tensor, dict[Side, Basis]]:
-    wide = matrix.shape[0] <= matrix.shape[1]
-    short = matrix if wide else matrix.T
-    squares, vectors = torch.linalg.eigh(short @ short.T)
+def _by_gram(matrix: Tensor, sides: tuple[Side, ...], top: int | None) -> tuple[Tensor, dict[Side, Basis]]:
+    short = matrix if near_side(matrix.shape) == "left" else matrix.T
+    gram = short @ short.T
+    p = len(gram)
+    if top is None or 4 * (top + EXTRA) > p or gram.device.type != "cpu":
+        squares, vectors = torch.linalg.eigh(gram)
+        kept = p
+    else:
+        kept = top + EXTRA
+        squares, vectors = top_eigenpairs(gram, kept)
     squares, vectors = squares.flip(0).clamp_min(0), vectors.flip(1)
-    values = squares.sqrt()
     noise = 2 * max(matrix.shape) * EPS * squares[0]
     rank = int((squares > noise).sum())
-    error, clusters = _errors(squares, noise, rank)
-    near, far = ("left", "right") if wide else ("right", "left")
-    bases: dict[Side, Basis] = {}
-    if near in sides:
-        bases[near] = Basis(vectors, values, error, clusters, rank)
-    if far in sides:
-        safe = torch.where(values > 0, values, torch.ones_like(values))
-        derived = short.T @ vectors / safe
-        derived[:, rank:] = 0  # below the rank tolerance the quotient is noise; no direction is claimed
-        bases[far] = Basis(derived, values, derived_error(error, noise, squares), clusters, rank)
-    return values, bases
+    clusters, gaps = clusters_and_gaps(squares, noise, rank, whole=kept == p)
+    near = Basis(vectors, squares.sqrt(), _bound(squares, noise, gaps), clusters, rank)
+    return near.values, _both_sides(matrix, near, noise, sides)
 
 
-def derived_error(
-    error: Float[Tensor, " p"], noise: Float[Tensor, ""], squares: Float[Tensor, " p"]
-) -> Float[Tensor, " p"]:
-    """Bound for W v / σ_j, given that of v.
+def top_eigenpairs(gram: Float[Tensor, "p p"], k: int) -> tuple[Float[Tensor, " k"], Float[Tensor, "p k"]]:
+    """The k largest eigenvalues, rising, and their vectors; overwrites `gram`. CPU only. Cost ≈ (4/3)·p³ flops."""
+    from scipy.linalg import eigh
+
+    p = len(gram)
+    squares, vectors = eigh(gram.numpy(), subset_by_index=[p - k, p - 1], overwrite_a=True, check_finite=False)
+    return torch.from_numpy(squares), torch.from_numpy(vectors)
+
+
+def _both_sides(matrix: Tensor, near: Basis, noise: Tensor, sides: tuple[Side, ...]) -> dict[Side, Basis]:
+    """The shorter side's basis, and the longer side's derived from it."""
+    side = near_side(matrix.shape)
+    bases = {side: near} if side in sides else {}
+    if set(sides) - {side}:
+        short = matrix if side == "left" else matrix.T
+        vectors = short.T @ near.vectors
+        vectors /= torch.where(near.values > 0, near.values, torch.ones_like(near.values))
+        vectors[:, near.rank :] = 0  # below the rank tolerance the quotient is noise; no direction is claimed
+        bases["right" if side == "left" else "left"] = far_basis(near, noise, vectors)
+    return bases
+
+
+def far_basis(near: Basis, noise: Float[Tensor, ""], vectors: Float[Tensor, "dim p"]) -> Basis:
+    """The longer side's basis: the same values and clusters, and the bound for vectors W v / σ_j given that of v.
 
     The quotient multiplies the error of v along v_i by σ_i / σ_j: at most doubled where σ_i ≤ 2σ_j, and beyond that no
     more than noise / σ_j².
     """
-    return 2 * torch.maximum(error, 2 * noise / squares.clamp_min(TINY)).clamp_max(0.5)
-
-
-def _errors(
-    values: Float[Tensor, " p"], noise: Float[Tensor, ""], rank: int
-) -> tuple[Float[Tensor, " p"], Int[Tensor, " p"]]:
-    """Bounds sin θ ≤ 2·noise / gap for each vector, or for the span of its cluster."""
-    clusters, gaps = clusters_and_gaps(values, noise, rank, WORST)
-    return (2 * noise / gaps.clamp_min(TINY)).clamp_max(1) if values[0] > 0 else torch.ones_like(values), clusters
+    floor = 2 * noise / near.values.square().clamp_min(TINY)
+    return Basis(vectors, near.values, 2 * torch.maximum(near.error, floor).clamp_max(0.5), near.clusters, near.rank)
 
 
 def clusters_and_gaps(
-    values: Float[Tensor, " p"], noise: Float[Tensor, ""], rank: int, worst: float
+    values: Float[Tensor, " p"], noise: Float[Tensor, ""], rank: int, *, whole: bool = True
 ) -> tuple[Int[Tensor, " p"], Float[Tensor, " p"]]:
     """Which vectors are determined only together, and the gap from each cluster to what lies outside it.
 
-    Vectors whose own bound 2·noise / gap exceeds `worst` are joined with the neighbour that is too near; what lies
-    below the rank tolerance is one cluster.
+    Vectors whose own bound 2·noise / gap exceeds `WORST` are joined with the neighbour that is too near; what lies
+    below the rank tolerance is one cluster. Where the values are not the `whole` spectrum, nothing is known of what
+    follows the last: the gap of its cluster is 0.
     """
     step = values[:-1] - values[1:]
-    cut = step > 2 * noise / worst
+    cut = step > 2 * noise / WORST
     cut[rank:] = False
     if 0 < rank < len(values):
         cut[rank - 1] = True
     clusters = torch.cat([cut.new_zeros(1, dtype=torch.long), cut.long().cumsum(0)])
     across = step[cut]  # the gap below cluster c, which is the gap above cluster c + 1
     edge = values.new_full((1,), torch.inf)
-    return clusters, torch.minimum(torch.cat([edge, across]), torch.cat([across, edge]))[clusters]
+    last = edge if whole else torch.zeros_like(edge)
+    return clusters, torch.minimum(torch.cat([edge, across]), torch.cat([across, last]))[clusters]
+
+
+def _bound(values: Float[Tensor, " p"], noise: Float[Tensor, ""], gaps: Float[Tensor, " p"]) -> Float[Tensor, " p"]:
+    """sin θ ≤ 2·noise / gap; nothing is known of the vectors of a zero matrix."""
+    return (2 * noise / gaps.clamp_min(TINY)).clamp_max(1) if values[0] > 0 else torch.ones_like(values)

@@ -15,10 +15,9 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from finetune_lens.linalg.exact import EPS, TINY, WORST, Basis, Side, clusters_and_gaps, derived_error
+from finetune_lens.linalg.exact import EPS, EXTRA, TINY, Basis, Side, clusters_and_gaps, far_basis, near_side
 
 DENSE_BELOW = 400  # orders up to which forming H and decomposing it is faster than iterating
-EXTRA = 12  # vectors beyond the k asked for, so that the last of these has known neighbours
 
 
 def update_in_base(
@@ -42,11 +41,9 @@ def update_in_base(
 
     Cost: 2·p·q·r + 4·p²·r flops, then O(p·r) an iteration.
     """
-    if base.shape[0] > base.shape[1]:
+    side = near_side(base.shape)
+    if side == "right":
         base, left, right = base.T, right.T, left.T
-        near_side, far_side = "right", "left"
-    else:
-        near_side, far_side = "left", "right"
     p = near.vectors.shape[1]
     d = near.values
     x = near.vectors.T @ left
@@ -73,22 +70,18 @@ def update_in_base(
     squares = squares.clamp_min(0)
     rank = int((squares > noise).sum())
     slack = residual.max() + noise
-    clusters, gaps = clusters_and_gaps(squares, slack, rank, WORST)
-    if wanted < p:  # of what follows the last vector only this is known: it is no larger
-        gaps = torch.where(clusters == clusters[-1], torch.zeros_like(gaps), gaps)
+    clusters, gaps = clusters_and_gaps(squares, slack, rank, whole=wanted == p)
     error = (2 * (residual + noise) / gaps.clamp_min(TINY)).clamp_max(1)
-    values = squares.sqrt()
-    empty = vectors.new_empty(0, len(values))
-    result: dict[Side, tuple[Basis, Tensor]] = {}
-    if near_side in sides:
-        result[near_side] = (Basis(empty, values, error, clusters, rank), vectors)
-    if far_side in sides:
-        safe = d.clamp_min(TINY)
-        far = d[:, None] * vectors + (z @ (x.T @ vectors)) / safe[:, None]
+    basis = Basis(vectors.new_empty(0, wanted), squares.sqrt(), error, clusters, rank)
+    placed: dict[Side, tuple[Basis, Tensor]] = {}
+    if side in sides:
+        placed[side] = basis, vectors
+    if set(sides) - {side}:
+        far = d[:, None] * vectors + (z @ (x.T @ vectors)) / d.clamp_min(TINY)[:, None]
         far[near.rank :] = 0
-        far = far / values.clamp_min(TINY)
-        result[far_side] = (Basis(empty, values, derived_error(error, noise, squares), clusters, rank), far)
-    return values, result
+        far /= basis.values.clamp_min(TINY)
+        placed["right" if side == "left" else "left"] = far_basis(basis, noise, basis.vectors), far
+    return basis.values, placed
 
 
 def _iterate(apply: Callable[[Tensor], Tensor], p: int, k: int) -> tuple[Tensor, Tensor] | None:

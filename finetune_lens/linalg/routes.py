@@ -10,7 +10,8 @@ from typing import Literal
 from jaxtyping import Float
 from torch import Tensor
 
-from finetune_lens.linalg.exact import Side, decompose
+from finetune_lens.linalg.cache import BasisCache
+from finetune_lens.linalg.exact import EPS, GRAM_FROM, Basis, Side, decompose, far_basis, near_side
 from finetune_lens.linalg.lowrank import update_in_base
 from finetune_lens.linalg.matching import Match, match
 
@@ -40,6 +41,8 @@ def compare(
     epsilon: float,
     judged: int,
     method: Method = "auto",
+    cache: BasisCache | None = None,
+    digest: str = "",
 ) -> Comparison:
     """Place the top `ranks` singular vectors of the tuned weight among the base's.
 
@@ -50,34 +53,59 @@ def compare(
         epsilon, judged: a verdict at ε on the top `judged` vectors that the Gram route leaves open is settled by SVD.
         method: "exact" decomposes both sides; "update" reads a factored update off in the base's coordinates; "auto"
             takes that wherever the update is factored.
+        cache, digest: where the base's basis may be found or left, and the name of its content.
     """
     tools = {"gap": gap, "block": block}
+    near = _known(base, cache, digest)
     if update is not None and method != "exact":
-        found = _by_update(base, update, ranks=ranks, sides=sides, **tools)
+        found = _by_update(base, near, update, ranks=ranks, sides=sides, **tools)
         if not _open(found.matches, epsilon, judged):
             return found
     if tuned is None:
         tuned = base + update[0] @ update[1]
-    route = "auto"
+    one = decompose(base, sides=sides) if near is None else decompose(base, sides=sides, near=near)
+    other = decompose(tuned, sides=sides, top=ranks)
     while True:
-        one, other = decompose(base, sides=sides, route=route), decompose(tuned, sides=sides, route=route)
         matches = {s: match(one.side(s), other.side(s), k=ranks, **tools) for s in sides}
         if one.route == "svd" or not _open(matches, epsilon, judged):
             return Comparison(one.values, other.values, matches, one.route)
-        route = "svd"  # what the squared values cannot tell, the values themselves may
+        # what the squared values cannot tell, the values themselves may
+        one, other = (decompose(w, sides=sides, route="svd") for w in (base, tuned))
+
+
+def _known(base: Tensor, cache: BasisCache | None, digest: str) -> Basis | None:
+    """The basis of the base's shorter side, from the cache or for it; None where it is not worth keeping."""
+    if cache is None or min(base.shape) < GRAM_FROM:
+        return None
+    near = cache.get(digest)
+    if near is None:
+        side = near_side(base.shape)
+        near = decompose(base, sides=(side,)).side(side)
+        cache.put(digest, near)
+    return Basis(*(v.to(base.device) for v in (near.vectors, near.values, near.error, near.clusters)), near.rank)
 
 
 def _by_update(
-    base: Tensor, update: tuple[Tensor, Tensor], *, ranks: int, sides: tuple[Side, ...], gap: float, block: int
+    base: Tensor,
+    near: Basis | None,
+    update: tuple[Tensor, Tensor],
+    *,
+    ranks: int,
+    sides: tuple[Side, ...],
+    gap: float,
+    block: int,
 ) -> Comparison:
-    near: Side = "left" if base.shape[0] <= base.shape[1] else "right"
-    known = decompose(base, sides=tuple({near, *sides}))
-    values, placed = update_in_base(known.side(near), base, *update, k=ranks, sides=sides)
+    side = near_side(base.shape)
+    if near is None:
+        near = decompose(base, sides=(side,)).side(side)
+    noise = 2 * max(base.shape) * EPS * near.values[0].square()
+    values, placed = update_in_base(near, base, *update, k=ranks, sides=sides)
     matches = {
-        side: match(known.side(side), basis, k=ranks, gap=gap, block=block, cosines=cosines)
-        for side, (basis, cosines) in placed.items()
-    }
-    return Comparison(known.values, values, matches, "update")
+        s: match(near if s == side else far_basis(near, noise, near.vectors[:0]), basis, k=ranks, gap=gap, block=block,
+                 cosines=cosines)
+        for s, (basis, cosines) in placed.items()
+    }  # fmt: skip
+    return Comparison(near.values, values, matches, "update")
 
 
 def _open(matches: dict[Side, Match], epsilon: float, judged: int) -> bool:

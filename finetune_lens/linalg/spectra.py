@@ -4,7 +4,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from finetune_lens.linalg.exact import EPS, GRAM_FROM, TINY, Side
+from finetune_lens.linalg.exact import EPS, GRAM_FROM, TINY, Side, top_eigenpairs
 
 
 def relative_gaps(values: Float[Tensor, " p"]) -> Float[Tensor, " p"]:
@@ -90,8 +90,4 @@ def _top_eigenvectors(gram: Float[Tensor, "p p"], k: int) -> Float[Tensor, "p k"
     """Eigenvectors of the k largest eigenvalues, largest first."""
     if gram.device.type != "cpu":
         return torch.linalg.eigh(gram)[1].flip(1)[:, :k]
-    from scipy.linalg import eigh
-
-    p = len(gram)
-    _, vectors = eigh(gram.numpy(), subset_by_index=[p - k, p - 1], overwrite_a=True, check_finite=False)
-    return torch.from_numpy(vectors[:, ::-1].copy())
+    return top_eigenpairs(gram, k)[1].flip(1)

@@ -1,0 +1,59 @@
+"""Bases of base weights on disk, so that a base is decomposed once for every checkpoint that is compared with it."""
+
+import contextlib
+import hashlib
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from finetune_lens.files import whole_file
+from finetune_lens.linalg.exact import Basis
+
+FORMAT = "1"  # changes when what is stored, or how it is computed, changes
+
+
+@dataclass(frozen=True)
+class BasisCache:
+    """A folder of singular bases, named by the content of the weight; at most `limit` bytes.
+
+    What a weight needs is the basis of its shorter side: p·(p + 3) float64 numbers. Each file is whole or absent, so an
+    interruption loses at most one; when the folder is full, what is there stays and the rest is computed as needed.
+    """
+
+    folder: Path
+    limit: int
+
+    def _file(self, digest: str) -> Path:
+        return self.folder / f"{hashlib.sha256(f'{FORMAT}:{digest}'.encode()).hexdigest()}.safetensors"
+
+    def get(self, digest: str) -> Basis | None:
+        """The basis of the weight with this content, if it is there."""
+        from safetensors import SafetensorError
+        from safetensors.torch import load_file
+
+        try:
+            held = load_file(self._file(digest))
+            return Basis(held["vectors"], held["values"], held["error"], held["clusters"], int(held["rank"]))
+        except (OSError, SafetensorError, KeyError):
+            return None
+
+    def put(self, digest: str, basis: Basis) -> None:
+        """Keep a basis, if there is room."""
+        from safetensors.torch import save_file
+
+        size = basis.vectors.numel() * 8
+        held = sum(file.stat().st_size for file in self.folder.glob("*.safetensors")) if self.folder.is_dir() else 0
+        if held + size > self.limit:
+            return
+        tensors = {
+            "vectors": basis.vectors,
+            "values": basis.values,
+            "error": basis.error,
+            "clusters": basis.clusters,
+            "rank": torch.tensor(basis.rank),
+        }
+        with contextlib.suppress(OSError):  # a full disk must not end a run that does not need the cache
+            self.folder.mkdir(parents=True, exist_ok=True)
+            with whole_file(self._file(digest)) as path:
+                save_file({name: t.cpu().contiguous() for name, t in tensors.items()}, path)
