@@ -16,6 +16,7 @@ lint: .venv/.dev
 bench: .venv/.dev
 	$(BIN)/python benchmarks/startup.py
 	$(BIN)/python benchmarks/decompositions.py
+	$(BIN)/python benchmarks/memory.py
 
 zoo: .venv/.core
 	$(BIN)/python -m finetune_lens.zoo build --all

@@ -102,6 +102,11 @@ def _guarded(function: Callable[..., None]) -> Callable[..., None]:
                 raise
             print(f"error: {error}", file=sys.stderr)
             raise typer.Exit(2) from None
+        except OSError as error:
+            if common.debug:
+                raise
+            print(f"error: {error.filename or ''}: {error.strerror or error}", file=sys.stderr)
+            raise typer.Exit(2) from None
         except CheckFailed as failure:
             print(f"check failed: {failure}", file=sys.stderr)
             raise typer.Exit(1) from None
@@ -134,7 +139,7 @@ class OutputFolder:
     @property
     def partial(self) -> Path:
         """Where finished chunks wait for the rest."""
-        return self.path / ".partial"
+        return self.path / f".{self.name}.partial"
 
     def check(self) -> None:
         """Show that the folder can be made and written to, and leave everything as it was."""
@@ -158,11 +163,20 @@ class OutputFolder:
         self.path.mkdir(parents=True, exist_ok=True)
         with whole_file(self.path / f"{self.name}.csv") as path:
             result.to_frame().to_csv(path, index=False)
-        with whole_file(self.path / "run.json") as path:
-            path.write_text(json.dumps(result.provenance, indent=1))
+        self._record(result)
         with whole_file(self.result) as path:
             result.save(path)
         shutil.rmtree(self.partial, ignore_errors=True)
+
+    def _record(self, result: "Result") -> None:
+        """Put the provenance under this analysis' name in run.json, beside that of others in the same folder."""
+        file = self.path / "run.json"
+        try:
+            records = json.loads(file.read_text())
+        except (FileNotFoundError, json.JSONDecodeError):
+            records = {}
+        with whole_file(file) as path:
+            path.write_text(json.dumps(records | {self.name: result.provenance}, indent=1))
 
     def draw(self, figures: dict[str, Callable[[], Any]]) -> list[Path]:
         """Draw each title → function returning a matplotlib Figure to figures/NAME-title.pdf and .png."""
@@ -227,7 +241,7 @@ def analyse_weights(
             "excluded": result.provenance["excluded"],
             "figures": [str(p) for p in figures],
         }
-        print(json.dumps(record, ensure_ascii=False))
+        print(json.dumps(record, ensure_ascii=False, allow_nan=False))
     else:
         print(result.summary())
         common.say(f"saved in {folder.path}/" + (f"; figures in {folder.path / 'figures'}/" if figures else ""))

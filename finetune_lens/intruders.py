@@ -8,7 +8,7 @@ updates with Δ's own singular values; verdicts cite the second.
 
 Cost a matrix, p = min(out, in): an eigendecomposition of order p (≈ 11·p³ flops) for the base, one for a tuned side
 that is stored whole, O(p²·r) for a LoRA update of rank r; one (4/3·p³) per null draw.
-Memory: a few float64 copies of the largest matrix, whatever the model's size.
+Memory: some float64 copies of the largest matrix, whatever the model's size (benchmarks/memory.py counts them).
 
 >>> import torch
 >>> from finetune_lens import ModelPair, find_intruders
@@ -93,8 +93,11 @@ def find_intruders(
 
     if not 0 < epsilon <= 1:
         raise InputError(f"epsilon is a cosine in (0, 1]; found {epsilon}")
-    if k < 1 or null_draws < 0:
-        raise InputError(f"k is at least 1 and null_draws at least 0; found {k} and {null_draws}")
+    least = {"k": (k, 1), "null_draws": (null_draws, 0), "null_ranks": (null_ranks, 1), "gap": (gap, 0),
+             "similarity_ranks": (similarity_ranks, 1), "limit": (1 if limit is None else limit, 1)}  # fmt: skip
+    for name, (value, smallest) in least.items():
+        if not value >= smallest:  # NaN included
+            raise InputError(f"{name} is at least {smallest}; found {value}")
     if method not in linalg.METHODS:
         raise InputError(f"method is one of {', '.join(linalg.METHODS)}; found {method!r}")
     if ranks is not None and ranks < k:
@@ -152,12 +155,12 @@ def _measure(
     block = min(similarity_ranks, ranks)
     if matrix.update is None:
         update, tuned = None, matrix.tuned_dense(torch.float64, device)
-        delta_values = linalg.singular_values(tuned - base)
-        noise = torch.finfo(matrix.base.dtype).eps if matrix.base.dtype.is_floating_point else 0.0  # rounding of W1
+        same = torch.equal(base, tuned)
+        delta_values = base.new_zeros(p) if same else linalg.singular_values(tuned - base)
     else:
         tuned, low = None, matrix.update
         update = low.scale * low.left.to(device, torch.float64), low.right.to(device, torch.float64)
-        delta_values, noise = linalg.low_rank_values(*update), 0.0
+        delta_values = linalg.low_rank_values(*update)
     unchanged = not bool(delta_values.any())
     null_max_cos = np.zeros((2, null_draws, len(sides), min(null_ranks, p)), np.float32)
     if unchanged:  # the same basis on both sides by definition, however degenerate it is
@@ -181,11 +184,11 @@ def _measure(
         )
     del tuned
     base_values, tuned_values = found.base_values, found.tuned_values[:ranks]
-    smallest = max(noise * float(base_values[0]), p * linalg.EPS * float(delta_values[0]))
+    smallest = max(2 * matrix.unit_roundoff * float(base_values[0]), p * linalg.EPS * float(delta_values[0]))
     delta_rank = int((delta_values > smallest).sum())
     if not unchanged and null_draws:
         kept = delta_values[: max(delta_rank, 1)]
-        even = torch.full_like(kept, float(delta_values.square().sum().sqrt()) / len(kept) ** 0.5)
+        even = torch.full_like(kept, linalg.energy(delta_values) / len(kept) ** 0.5)
         for n, values in enumerate((even, kept)):
             for draw in range(null_draws):
                 cosines = linalg.null_max_cos(
@@ -198,8 +201,8 @@ def _measure(
         "sigma_base": base_values.cpu().numpy(),
         "gap_": linalg.relative_gaps(found.tuned_values)[:ranks].cpu().numpy(),
         "null_max_cos": null_max_cos,
-        "delta_norm": float(delta_values.square().sum().sqrt()),
-        "base_norm": float(base_values.square().sum().sqrt()),
+        "delta_norm": linalg.energy(delta_values),
+        "base_norm": linalg.energy(base_values),
         "delta_rank": delta_rank,
         "effective_rank": linalg.effective_rank(delta_values),
         "unchanged": unchanged,
@@ -259,6 +262,8 @@ def _assemble(rows: Any, options: dict[str, Any]) -> "Intruders":
         "epsilon": options["epsilon"],
         "k": options["k"],
         "gap": options["gap"],
+        "ranks": options["ranks"] or 0,
+        "null_ranks": options["null_ranks"],
         "provenance": rows.provenance(options["device"]),
     }
     return Intruders(data)

@@ -47,6 +47,19 @@ class Matrix:
             return base, _digest(self.tuned)
         return base, _digest(self.update.left, self.update.right, extra=repr(self.update.scale))
 
+    @property
+    def unit_roundoff(self) -> float:
+        """The largest relative error that rounding to the stored type made in an entry of Δ's two sides.
+
+        A factored update is exact beside its base: it adds none.
+        """
+        import torch
+
+        if self.tuned is None:
+            return 0.0
+        kinds = (self.base.dtype, self.tuned.dtype)
+        return max(torch.finfo(t).eps / 2 if t.is_floating_point else 0.0 for t in kinds)
+
     def tuned_dense(self, dtype: "torch.dtype", device: "torch.device | str" = "cpu") -> "torch.Tensor":
         """The tuned weight (out, in) in `dtype`; a factored update is multiplied out and added in that type."""
         if self.update is None:
@@ -101,16 +114,24 @@ def _few(names: list[str], n: int = 3) -> str:
 
 
 class ModelPair:
-    """Base and tuned, aligned. `matrices()` streams the weights; nothing is read before that.
+    """Base and tuned, aligned. `matrices()` streams the weights; no weight of a model is read before that.
 
     >>> pair = ModelPair.load("base-dir", "lora-adapter")      # doctest: +SKIP
     >>> print(pair.alignment.summary())                        # doctest: +SKIP
     """
 
-    def __init__(self, base: "Checkpoint", tuned: "Checkpoint", parts: dict[str, tuple], alignment: Alignment):
+    def __init__(
+        self,
+        base: "Checkpoint",
+        tuned: "Checkpoint",
+        parts: dict[str, tuple],
+        alignment: Alignment,
+        options: dict[str, Any],
+    ):
         self.base_checkpoint = base
         self.tuned_checkpoint = tuned
         self.alignment = alignment
+        self.options = options  # what `load` was given
         self._parts: dict[str, tuple[Part, Part | Callable[[], LowRank]]] = parts
 
     @classmethod
@@ -129,7 +150,7 @@ class ModelPair:
         Raises:
             InputError: not a checkpoint, damaged, quantised in an unknown way, or not two versions of one model.
 
-        Cost: the headers of the files.
+        Cost: the headers of the files, and the factors of an adapter.
         """
         from finetune_lens.checkpoints import lay_out, open_checkpoint
         from finetune_lens.checkpoints.adapters import merge_adapter
@@ -155,10 +176,15 @@ class ModelPair:
         else:
             parts = _matched(layout, replaced, one, other, alignment)
         alignment.matched = list(parts)
+        empty = [name for name, (part, _) in parts.items() if 0 in part.shape]
+        if empty:
+            alignment.notes.append(f"{len(empty)} tensors hold no numbers and are left out: {_few(empty)}")
+            parts = {name: sides for name, sides in parts.items() if name not in empty}
+            alignment.matched = list(parts)
         deep = [name for name, (part, _) in parts.items() if len(part.shape) > 2]
         if deep:
             alignment.notes.append(f"{len(deep)} tensors of more than two dimensions are no matrices: {_few(deep)}")
-        return cls(one, other, parts, alignment)
+        return cls(one, other, parts, alignment, {"fused": fused, "orientation": orientation, "online": online})
 
     def names(self, *, matrices: bool = True, embeddings: bool = True, vectors: bool = False) -> list[str]:
         """Names of the aligned weights, in the order of the base's file."""
@@ -185,17 +211,24 @@ class ModelPair:
         return self._parts[name][0].shape
 
     def describe(self) -> dict[str, Any]:
-        """Where the two came from, for the record."""
-        return {
-            side: {"source": c.source, **c.origin}
-            for side, c in (("base", self.base_checkpoint), ("tuned", self.tuned_checkpoint))
+        """Where the two came from and how they were aligned, for the record."""
+        sides = {"base": self.base_checkpoint, "tuned": self.tuned_checkpoint}
+        return {side: {"source": c.source, **c.origin} for side, c in sides.items()} | {
+            "options": self.options,
+            "alignment": self.alignment.summary().splitlines(),
         }
 
     @property
     def fingerprint(self) -> str:
-        """Changes when a file of either side changes; "" when a side has no file."""
+        """Changes when a file of either side changes, or how it is read; "" when a side has no file."""
         sides = self.base_checkpoint.fingerprint, self.tuned_checkpoint.fingerprint
-        return "-".join(sides) if all(sides) else ""
+        if not all(sides):
+            return ""
+        cuts = [
+            (name, [None if callable(p) else (p.shape, p.transpose, p.expert, p.rows, p.columns) for p in parts])
+            for name, parts in self._parts.items()
+        ]
+        return hashlib.sha256(repr((sides, cuts)).encode()).hexdigest()
 
     def __repr__(self) -> str:
         return f"ModelPair({self.base_checkpoint.source} → {self.tuned_checkpoint.source})\n{self.alignment.summary()}"
@@ -206,6 +239,11 @@ def _adapted(base: "Layout", replaced: "Layout", adapter: "Checkpoint", alignmen
     from finetune_lens.checkpoints.layout import canonical_module
 
     factors = {canonical_module(module): read for module, read in adapter.factors.items()}
+    if len(factors) < len(adapter.factors):
+        raise InputError(
+            f"{adapter.source} has two updates of one module under names that differ in their prefix only: "
+            f"{_few(sorted(adapter.factors))}; expected one a module"
+        )
     parts = dict(base.parts)
     modules = {part.module for part in parts.values() if not part.name.endswith(".bias")}
     wanted = {*factors, *(p.module for p in replaced.parts.values())}
@@ -217,7 +255,9 @@ def _adapted(base: "Layout", replaced: "Layout", adapter: "Checkpoint", alignmen
             )
             modules.add("lm_head")
             alignment.notes.append("lm_head is tied to the embedding in the base and has an update of its own")
-    strangers = sorted(set(factors) - modules) + sorted(set(replaced.parts) - set(parts))
+    new = set(replaced.parts) - set(parts)
+    alignment.only_tuned = sorted(n for n in new if replaced.parts[n].layer is None)  # a classification head, say
+    strangers = sorted(set(factors) - modules) + sorted(new - set(alignment.only_tuned))
     if strangers:
         near = difflib.get_close_matches(strangers[0], modules, n=1, cutoff=0)
         raise InputError(

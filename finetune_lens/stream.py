@@ -75,8 +75,8 @@ def each_matrix(
     """Call `measure` on every named weight, one in memory at a time.
 
     A weight with NaN or Inf is left out and named in `excluded`. With `partial`, each finished row is kept there under
-    a key made of the arguments and the files; the same call continues behind the last finished row, a changed one
-    starts anew and drops the old rows.
+    a key made of the arguments (`analysis` names the analysis), the files and how they were read; the same call
+    continues behind the last finished row, a changed one starts anew and drops the old rows.
     """
     from tqdm import tqdm
 
@@ -92,7 +92,7 @@ def each_matrix(
             row = {"name": name, "problem": matrix.problem(), "digests": np.array(matrix.digests)}
             if not row["problem"]:
                 layer = -1 if matrix.layer is None else matrix.layer
-                with threads_for(min(matrix.base.shape)):
+                with threads_for(min(matrix.base.shape, default=0)):
                     row |= {"layer": layer, "component": matrix.component} | measure(matrix)
             del matrix
             if store is not None:
@@ -112,11 +112,11 @@ class _Store:
         from finetune_lens import __version__
 
         facts = json.dumps([__version__, fingerprint, arguments], sort_keys=True, default=str)
-        self.folder = folder / hashlib.sha256(facts.encode()).hexdigest()[:16]
-        if folder.is_dir():
-            for other in folder.iterdir():
-                if other != self.folder:
-                    shutil.rmtree(other, ignore_errors=True)
+        prefix = f"{arguments['analysis']}-rows-"  # the folder may be the user's own: only what is so named is ours
+        self.folder = folder / f"{prefix}{hashlib.sha256(facts.encode()).hexdigest()[:16]}"
+        for other in folder.glob(f"{prefix}{'[0-9a-f]' * 16}"):
+            if other != self.folder:
+                shutil.rmtree(other, ignore_errors=True)
         self.folder.mkdir(parents=True, exist_ok=True)
 
     def _file(self, name: str) -> Path:

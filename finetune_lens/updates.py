@@ -6,7 +6,7 @@ exp H(σ/Σσ) (Roy & Vetterli 2007), the spectrum, and the share of its energy 
 has the share k²/(out·in) on average; its 95 % band is sampled with Δ's own singular values.
 
 Cost a matrix, p = min(out, in): one eigendecomposition of the base and the singular values of Δ (≈ 15·p³ flops).
-Memory: a few float64 copies of the largest matrix.
+Memory: some float64 copies of the largest matrix (benchmarks/memory.py counts them).
 
 >>> import torch
 >>> from finetune_lens import ModelPair, measure_updates
@@ -63,8 +63,8 @@ def measure_updates(
     from finetune_lens.stream import each_matrix
 
     ks = sorted(set(ks))
-    if not ks or ks[0] < 1 or null_draws < 1:
-        raise InputError(f"ks are at least 1 and null_draws at least 1; found {ks} and {null_draws}")
+    if not ks or ks[0] < 1 or null_draws < 1 or (limit is not None and limit < 1):
+        raise InputError(f"ks, null_draws and limit are at least 1; found {ks}, {null_draws} and {limit}")
     where = devices.choose(device)
     options = {"ks": tuple(ks), "null_draws": null_draws, "seed": seed, "device": where}
     rows = each_matrix(
@@ -120,7 +120,7 @@ def _measure(weight: "Matrix", *, ks: tuple[int, ...], null_draws: int, seed: in
     )
     low, high = np.quantile(chance, [0.025, 0.975], axis=0)
     spectral = float(values[0])
-    noise = max(len(values) * linalg.EPS * spectral, _eps(weight) * float(both.values[0]))
+    noise = max(len(values) * linalg.EPS * spectral, 2 * weight.unit_roundoff * float(both.values[0]))
     return row | {
         "sigma_delta": values.cpu().numpy(),
         "sigma_base": both.values.cpu().numpy(),
@@ -140,14 +140,6 @@ def _ratio(a: float, b: float) -> float:
     return a / b if b else (np.nan if a == 0 else np.inf)
 
 
-def _eps(weight: "Matrix") -> float:
-    """Unit roundoff of the coarser of the two stored types; a factored update adds none of its own."""
-    import torch
-
-    sides = [weight.base] if weight.tuned is None else [weight.base, weight.tuned]
-    return max((torch.finfo(t.dtype).eps / 2 if t.dtype.is_floating_point else 0.0) for t in sides)
-
-
 def _rounding(weight: "Matrix") -> float:
     """The largest ‖Δ‖/‖W0‖ that rounding both sides to their stored types can give: u_base + u_tuned."""
     import torch
@@ -160,10 +152,12 @@ def _rounding(weight: "Matrix") -> float:
 def _chance(values: "torch.Tensor", shape: tuple[int, int], ks: Sequence[int], draws: int, seed: int) -> np.ndarray:
     """‖U_kᵀ P diag(s) Qᵀ V_k‖²/‖s‖² for uniformly random P, Q: (draw, k).
 
-    The first k rows of a uniform frame are Gaussian up to terms of order k/out (Diaconis & Freedman 1987) and are drawn
-    so. Only the directions that carry 99.9 % of the energy are drawn.
+    The first k rows of a uniform frame are the first k columns of one, turned over. Only the directions that carry
+    99.9 % of the energy are drawn. Cost a draw: 2·(out + in)·k² flops.
     """
     import torch
+
+    from finetune_lens.linalg import haar
 
     generator = torch.Generator().manual_seed(seed)
     share = values.square().cpu() / values.square().sum().cpu()
@@ -172,8 +166,7 @@ def _chance(values: "torch.Tensor", shape: tuple[int, int], ks: Sequence[int], d
     top = min(max(ks), min(shape))
     result = np.empty((draws, len(ks)))
     for draw in range(draws):
-        left = torch.randn(top, keep, dtype=torch.float64, generator=generator) / shape[0] ** 0.5
-        right = torch.randn(top, keep, dtype=torch.float64, generator=generator) / shape[1] ** 0.5
+        left, right = (haar(n, top, generator=generator)[:keep].T for n in shape)
         core = ((left * weights) @ right.T).square().cumsum(0).cumsum(1)
         result[draw] = [float(core[k - 1, k - 1]) if k <= top else np.nan for k in ks]
     return result

@@ -386,3 +386,41 @@ def test_an_adapter_is_no_base(library, tmp_path):
     trained(library, "llama", lora()(), tmp_path)
     with pytest.raises(InputError, match="is an adapter; give the model it was trained on"):
         ModelPair.load(tmp_path, library.saved("llama"))
+
+
+def test_a_classifier_trained_on_a_language_model(library, tmp_path):
+    """LoRA for sequence classification brings a head that the base does not have: listed, and the rest compared."""
+    import peft
+    import transformers
+
+    torch.manual_seed(4)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        model = transformers.LlamaForSequenceClassification(library.configs["llama"]())
+        model.model.load_state_dict(library.model("llama").model.state_dict())
+        model = peft.get_peft_model(model, lora(task_type="SEQ_CLS")())
+        with torch.no_grad():
+            for parameter in model.parameters():
+                if parameter.requires_grad:
+                    parameter.add_(0.1 * torch.randn_like(parameter))
+        model.save_pretrained(tmp_path)
+    pair = ModelPair.load(library.saved("llama"), tmp_path)
+    assert pair.alignment.only_tuned == ["score"]
+    expected = merged(model).model.state_dict()
+    changed = 0
+    for matrix in pair.matrices([name for name in pair.names() if name.startswith("layers.")]):
+        torch.testing.assert_close(matrix.tuned_dense(torch.float32), expected[f"{matrix.name}.weight"])
+        changed += matrix.update is not None
+    assert changed == 2 * len(LINEAR)
+
+
+def test_two_updates_of_one_module_are_refused(library, tmp_path):
+    from safetensors.torch import load_file, save_file
+
+    trained(library, "llama", lora()(), tmp_path)
+    file = tmp_path / "adapter_model.safetensors"
+    tensors = load_file(file)
+    tensors |= {name.replace("base_model.model.model.", "base_model.model."): t + 1 for name, t in tensors.items()}
+    save_file(tensors, file)
+    with pytest.raises(InputError, match="two updates of one module"):
+        ModelPair.load(library.saved("llama"), tmp_path)

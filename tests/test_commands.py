@@ -41,7 +41,7 @@ def test_what_a_command_leaves_behind(name, module, pair_files, tmp_path, monkey
     assert str(out) in printed.err
     table = (out / f"{name}.csv").read_text().splitlines()
     assert len(table) == 1 + len(result.to_frame())
-    assert json.loads((out / "run.json").read_text()) == result.provenance
+    assert json.loads((out / "run.json").read_text()) == {name: result.provenance}
     figures = sorted(p.name for p in (out / "figures").iterdir())
     assert figures
     assert all(p.startswith(f"{name}-") and p.endswith((".pdf", ".png")) for p in figures)
@@ -96,7 +96,7 @@ def test_an_interrupted_run_continues(pair_files, tmp_path, monkeypatch, capsys)
     assert not (out / "intruders.nc").exists()
     assert command(intruders, *arguments, monkeypatch=monkeypatch) == 0
     assert measured == ["layers.0.mlp.up_proj", "layers.1.mlp.up_proj", "stopped", "layers.2.mlp.up_proj"]
-    assert not (out / ".partial").exists()
+    assert not list(out.glob(".*"))
     monkeypatch.setattr(intruders, "_measure", measure)
     whole = fl.find_intruders(fl.ModelPair.load(*pair_files), progress=False)
     continued = fl.load(out / "intruders.nc")
@@ -118,7 +118,12 @@ def test_a_changed_argument_or_file_starts_anew(pair_files, tmp_path):
 
         pair = fl.ModelPair.load(*pair_files)
         return stream.each_matrix(
-            pair, pair.names(), measure, progress=False, partial=tmp_path / "chunks", arguments={"k": k}
+            pair,
+            pair.names(),
+            measure,
+            progress=False,
+            partial=tmp_path / "chunks",
+            arguments={"analysis": "test", "k": k},
         )
 
     with pytest.raises(KeyboardInterrupt):
@@ -133,6 +138,69 @@ def test_a_changed_argument_or_file_starts_anew(pair_files, tmp_path):
     torch.save({n: w + 1 for n, w in tensors.items()}, pair_files[1])
     run(2)
     assert len(seen) == 9
+
+
+def test_chunks_leave_what_is_not_theirs_alone(pair_files, tmp_path):
+    """The folder may be the user's own, and hold the chunks of another analysis."""
+    own = tmp_path / "mine" / "thesis"
+    own.mkdir(parents=True)
+    (own / "chapter.txt").write_text("years of work")
+    pair = fl.ModelPair.load(*pair_files)
+    fl.measure_updates(pair, progress=False, null_draws=5, partial=tmp_path / "mine")
+    rows = set((tmp_path / "mine").rglob("*.npz"))
+    fl.find_intruders(pair, progress=False, null_draws=0, partial=tmp_path / "mine")
+    assert (own / "chapter.txt").read_text() == "years of work"
+    assert rows < set((tmp_path / "mine").rglob("*.npz"))
+
+
+def test_rows_read_another_way_are_not_reused(tmp_path):
+    """A square c_proj looks the same either way; what was computed for one orientation is not the other's."""
+    generator = torch.Generator().manual_seed(0)
+    shapes = {"c_attn": (8, 24), "c_proj": (8, 8)}
+    for name in ("base", "tuned"):
+        weights = {f"h.0.attn.{n}.weight": torch.randn(s, generator=generator) for n, s in shapes.items()}
+        save_file(weights, tmp_path / f"{name}.safetensors")
+    found = {}
+    for orientation in ("conv1d", "linear"):
+        pair = fl.ModelPair.load(tmp_path / "base.safetensors", tmp_path / "tuned.safetensors", orientation=orientation)
+        options = {"progress": False, "null_draws": 0}
+        kept = fl.find_intruders(pair, partial=tmp_path / "rows", **options)
+        assert kept.to_frame().equals(fl.find_intruders(pair, **options).to_frame())
+        found[orientation] = kept.data.max_cos.sel(matrix="h.0.attn.c_proj").values
+    assert not np.allclose(found["conv1d"], found["linear"])
+
+
+def test_two_analyses_share_a_folder(pair_files, tmp_path, monkeypatch):
+    arguments = [*pair_files, "--out", tmp_path / "o", "--no-plots", "--quiet"]
+    for module in (updates, intruders):
+        assert command(module, *arguments, monkeypatch=monkeypatch) == 0
+    records = json.loads((tmp_path / "o" / "run.json").read_text())
+    assert {name: r["analysis"] for name, r in records.items()} == {
+        "updates": "measure_updates", "intruders": "find_intruders",
+    }  # fmt: skip
+
+
+def test_a_file_in_the_way_is_one_error(pair_files, tmp_path, monkeypatch, capsys):
+    (tmp_path / "o" / "updates.csv").mkdir(parents=True)
+    assert command(updates, *pair_files, "--out", tmp_path / "o", "--quiet", monkeypatch=monkeypatch) == 2
+    errors = capsys.readouterr().err
+    assert "updates.csv" in errors
+    assert "Traceback" not in errors
+
+
+def test_odd_tensors(tmp_path, monkeypatch, capsys):
+    """A number (CLIP's logit_scale), vectors alone, a matrix without rows."""
+    pair = tmp_path / "a.pt", tmp_path / "b.pt"
+    for number, file in enumerate(pair, 1):
+        odd = {"logit_scale": torch.tensor(float(number)), "norm.weight": torch.ones(3), "x.weight": torch.ones(0, 3)}
+        torch.save(odd, file)
+    assert command(updates, *pair, "--out", tmp_path / "o", monkeypatch=monkeypatch) == 0
+    printed = capsys.readouterr()
+    assert "hold no numbers" in printed.err
+    frame = fl.load(tmp_path / "o" / "updates.nc").to_frame().set_index("matrix")
+    assert frame.loc["logit_scale", "relative_norm"] == 1
+    assert command(intruders, *pair, "--out", tmp_path / "i", monkeypatch=monkeypatch) == 2
+    assert "no matrix to compare" in capsys.readouterr().err
 
 
 def test_the_list_of_commands(capsys):

@@ -238,15 +238,15 @@ def test_signs_rotations_and_transposition():
 def test_grid_is_the_count_everywhere():
     rng = np.random.default_rng(4)
     base = rng.standard_normal((30, 30))
-    result = find(base, base + 2 * np.outer(rng.standard_normal(30), rng.standard_normal(30)))
+    tuned = base + 2 * np.outer(rng.standard_normal(30), rng.standard_normal(30))
+    result = find(base, tuned)
     grid = result.grid(EPSILONS, [1, 5, 30])
-    naive = Naive(base, base + 0, "left")
+    naive = Naive(base, tuned, "left")
     assert grid.shape == (25, 3)
     for epsilon in EPSILONS:
         for k in (1, 5, 30):
-            assert int(grid.sel(epsilon=epsilon, k=k)) == result.count(epsilon=epsilon, k=k)
-    assert int(grid[-1, -1]) > 0
-    assert naive.count(1.0, 30) <= 30
+            assert int(grid.sel(epsilon=epsilon, k=k)) == naive.count(epsilon, k)
+            assert result.count(epsilon=epsilon, k=k) == naive.count(epsilon, k)
 
 
 @pytest.mark.parametrize("shape", [(300, 300), (300, 420), (420, 300)])
@@ -499,10 +499,25 @@ def test_half_precision_is_upcast_before_anything_is_computed():
 
 @pytest.mark.parametrize(
     ("option", "value"),
-    [("epsilon", 0.0), ("epsilon", 1.5), ("k", 0), ("null_draws", -1), ("side", "up"), ("device", "cuda:7")],
+    [
+        ("epsilon", 0.0),
+        ("epsilon", 1.5),
+        ("epsilon", np.nan),
+        ("k", 0),
+        ("null_draws", -1),
+        ("side", "up"),
+        ("gap", -1),
+        ("gap", np.nan),
+        ("similarity_ranks", -1),
+        ("limit", 0),
+        ("limit", -1),
+        ("method", "guess"),
+        ("device", "cuda:7"),
+        ("device", "meta"),
+    ],
 )
 def test_options_out_of_range(option, value):
-    with pytest.raises(InputError, match=option if option != "device" else "cuda:7"):
+    with pytest.raises(InputError, match=option):
         find(np.eye(4), 2 * np.eye(4), **{option: value})
 
 
@@ -518,3 +533,55 @@ def test_haar_frames_are_orthonormal_and_uniform():
     assert torch.allclose(frames.mT @ frames, torch.eye(2, dtype=torch.float64), atol=1e-12)
     assert (frames.mean(0).abs() < 5 / (6 * 4000) ** 0.5).all()  # without Mezzadri's signs the first row is one-sided
     assert torch.allclose(frames.square().mean(0), torch.full((6, 2), 1 / 6, dtype=torch.float64), atol=0.01)
+
+
+def test_the_even_null_spreads_the_same_energy():
+    """Against random updates of Δ's norm and rank with equal singular values, added the long way."""
+    rng = np.random.default_rng(20)
+    base = rng.standard_normal((30, 30))
+    delta = (orthonormal(rng, 30, 3) * [20.0, 2, 1]) @ orthonormal(rng, 30, 3).T
+    found = find(base, base + delta, null_draws=300, k=5).data.null_max_cos.sel(side="left").isel(matrix=0)
+    equal = np.full(3, np.linalg.norm(delta) / 3**0.5)
+    for name, values in (("evenly", equal), ("spectrum", np.array([20.0, 2, 1]))):
+        long = np.array(
+            [
+                Naive(base, base + (orthonormal(rng, 30, 3) * values) @ orthonormal(rng, 30, 3).T, "left").max_cos[:5]
+                for _ in range(300)
+            ]
+        )
+        short = found.sel(null=name).values[:, :5]
+        assert (np.abs(short.mean(0) - long.mean(0)) < 4.5 * np.sqrt((short.var(0) + long.var(0)) / 300)).all(), name
+    assert (found.sel(null="evenly")[:, 2].mean() - found.sel(null="spectrum")[:, 2].mean()) < -0.1
+
+
+def test_the_rank_of_the_update_is_not_that_of_its_rounding():
+    """A rank-one update stored in bfloat16: the rest of its spectrum is what rounding left."""
+    generator = torch.Generator().manual_seed(0)
+    base = torch.randn(60, 60, generator=generator)
+    tuned = base.bfloat16().float() + torch.outer(
+        torch.randn(60, generator=generator), torch.randn(60, generator=generator)
+    )
+    for one, other in ((base, tuned.bfloat16()), (base.bfloat16(), tuned)):
+        assert int(find(one, other).data.delta_rank[0]) == 1
+        measured = fl.measure_updates(pair_of(one, other), progress=False, null_draws=5)
+        assert int(measured.data.delta_rank[0]) == 1
+
+
+def test_relative_gaps_and_their_flag():
+    gaps = linalg.relative_gaps(torch.tensor([4.0, 2.0, 1.98, 0.5], dtype=torch.float64))
+    assert gaps.tolist() == pytest.approx([0.5, 0.01, 0.02 / 1.98, 1.48 / 0.5])
+    tuned = np.diag([4.0, 2.0, 1.99, 0.5])
+    frame = find(np.diag([4.0, 3.0, 2.0, 1.0]), tuned, gap=0.02).to_frame()
+    assert frame["near_degenerate"].tolist() == [False, True, True, False]
+
+
+@pytest.mark.parametrize("scale", [1e-170, 1e160])
+@pytest.mark.parametrize("n", [40, 300])
+def test_extreme_scales(scale, n):
+    rng = np.random.default_rng(21)
+    base, tuned = rng.standard_normal((n, n)), rng.standard_normal((n, n))
+    plain, scaled = find(base, tuned, ranks=12, null_draws=1), find(base * scale, tuned * scale, ranks=12, null_draws=1)
+    assert np.allclose(plain.data.max_cos, scaled.data.max_cos, atol=1e-9)
+    assert not bool(scaled.data.unchanged[0])
+    assert float(scaled.data.effective_rank[0]) == pytest.approx(float(plain.data.effective_rank[0]))
+    assert np.allclose(plain.data.null_max_cos, scaled.data.null_max_cos, atol=1e-5)

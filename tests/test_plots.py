@@ -167,13 +167,13 @@ def test_null_band_is_the_null_of_the_result_and_ends_where_it_does(short):
     assert max(drawn) == 6
     for k in (1, 4, 6):
         null = result.null(k=k)
-        assert drawn[float(k)] == (null.low, null.high)
+        assert drawn[float(k)] == pytest.approx((null.low, null.high))
     mean, evenly = by_k.lines[1].get_ydata(), by_k.lines[2].get_ydata()
     assert mean[3] == pytest.approx(result.null(k=4).mean)
     assert evenly[3] == pytest.approx(result.null(k=4, null="evenly").mean)
     x = by_epsilon.lines[1].get_xdata()
     null = result.null(epsilon=x[69])
-    assert shade(by_epsilon, 1)[x[69]] == (null.low, null.high)
+    assert shade(by_epsilon, 1)[x[69]] == pytest.approx((null.low, null.high))
 
 
 def test_no_null_no_band():

@@ -68,6 +68,15 @@ def test_provenance_says_what_went_in(result):
 def test_hashes_follow_the_numbers(pair):
     one, other = (fl.measure_updates(pair, progress=False, null_draws=5).provenance["weights_sha256"] for _ in range(2))
     assert one == other
+    sides = []
+    for place in (0, -1):
+        tensors = {"layers.0.mlp.up_proj.weight": torch.ones(3, 4)}
+        other = {"layers.0.mlp.up_proj.weight": torch.ones(3, 4)}
+        other["layers.0.mlp.up_proj.weight"].view(-1)[place] = 2
+        result = fl.measure_updates(fl.ModelPair.load(tensors, other), progress=False, null_draws=5)
+        sides.append(result.provenance["weights_sha256"])
+    assert len({sides[0]["base"], sides[0]["tuned"], sides[1]["tuned"]}) == 3
+    assert sides[0]["base"] == sides[1]["base"]
     limited = fl.measure_updates(pair, progress=False, null_draws=5, limit=2).provenance["weights_sha256"]
     assert limited["base"] != one["base"]
 
@@ -90,12 +99,61 @@ def test_counts_in_the_table_are_the_counts(pair):
     assert found.headline()["left"]["intruders"] == found.count()
     with pytest.raises(InputError, match="right"):
         found.count(side="right")
-    with pytest.raises(InputError, match="component, layer"):
-        found.table("colour")
+    for what in ("colour", "side", "rank"):
+        with pytest.raises(InputError, match="component, layer"):
+            found.table(what)
+
+
+def test_a_result_answers_only_for_what_was_looked_at(pair):
+    found = fl.find_intruders(pair, progress=False, null_draws=2, ranks=5, k=5)
+    for ask in (found.count, found.undetermined, found.to_frame, found.table):
+        with pytest.raises(InputError, match="at most 5"):
+            ask(k=6)
+        with pytest.raises(InputError, match="at least 1"):
+            ask(k=0)
+    with pytest.raises(InputError, match="at most 5"):
+        found.grid([0.5], [5, 6])
+    whole = fl.find_intruders(pair, progress=False, null_draws=2)
+    assert whole.count(k=1000) == whole.count(k=12)  # there are no more
+
+
+def test_a_null_for_matrices_smaller_than_k():
+    base = {"layers.0.mlp.up_proj.weight": torch.eye(8) * torch.arange(8.0, 0, -1)}
+    tuned = {n: w + 3 * torch.randn(8, 8, generator=torch.Generator().manual_seed(0)) for n, w in base.items()}
+    found = fl.find_intruders(fl.ModelPair.load(base, tuned), progress=False, k=10)
+    assert found.null() is not None
+    assert "no null" not in found.summary()
+    assert found.table("all")["null_mean"].notna().all()
+
+
+def test_the_summary_does_not_read_what_is_open():
+    base = {"layers.0.mlp.up_proj.weight": torch.eye(50)}
+    tuned = {n: w + torch.randn(50, 50, generator=torch.Generator().manual_seed(0)) for n, w in base.items()}
+    found = fl.find_intruders(fl.ModelPair.load(base, tuned), progress=False)
+    assert found.undetermined() == 10
+    assert "open" in found.summary()
+    assert "fewer" not in found.summary()
+
+
+def test_the_record_says_how_the_pair_was_read():
+    base = {"embed_tokens.weight": torch.ones(8, 20), "layers.0.mlp.up_proj.weight": torch.eye(4)}
+    tuned = {"embed_tokens.weight": torch.ones(9, 20), "layers.0.mlp.up_proj.weight": 2 * torch.eye(4)}
+    pair = fl.ModelPair.load(base, tuned, fused=True)
+    inputs = fl.find_intruders(pair=pair, progress=False, null_draws=0).provenance["inputs"]
+    assert inputs["options"]["fused"] is True
+    assert any("embed_tokens" in line for line in inputs["alignment"])
+
+
+def test_a_zero_base_is_not_infinite():
+    base, tuned = ({"layers.0.mlp.up_proj.weight": w} for w in (torch.zeros(4, 4), torch.eye(4)))
+    found = fl.measure_updates(fl.ModelPair.load(base, tuned), progress=False)
+    assert found.headline()["relative_norm"] is None
+    assert "undefined" in found.summary()
+    json.dumps(found.headline(), allow_nan=False)
 
 
 def test_null_resampling_is_that_of_the_sum():
-    """Two matrices, each 0 or 10 by draw: the total is 0, 10 or 20 with 1/4, 1/2, 1/4."""
+    """Two matrices, each 0 or 10 by draw: 0, 10 or 20 with 1/4, 1/2, 1/4, about 10, widened by √3 for two draws."""
     from finetune_lens.results.intruders import Intruders
 
     cosines = np.ones((1, 2, 1, 2, 10))
@@ -110,9 +168,37 @@ def test_null_resampling_is_that_of_the_sum():
         attrs={"k": 10, "epsilon": 0.5},
     )
     null = Intruders(data).null()
-    assert (null.mean, null.low, null.high) == (10, 0, 20)
+    assert (null.mean, null.low) == (10, 0)
+    assert null.high == pytest.approx(10 + 10 * 3**0.5)
     assert null.p_value == 1
     assert Intruders(data).null(k=11) is None
+
+
+@pytest.mark.parametrize("matrices", [1, 4, 28])
+def test_the_null_keeps_its_promise(matrices):
+    """An observation from the very null: outside the 95 % interval, and p ≤ .01, about as often as they say."""
+    from finetune_lens.results.intruders import Intruders
+
+    rng = np.random.default_rng(0)
+    rate = rng.uniform(0.05, 0.5, matrices)[:, None]
+    outside, small, times = 0, 0, 150
+    for _ in range(times):
+        draws = np.where(rng.random((1, 5, 1, matrices, 10)) < rate, 0.0, 1.0)
+        seen = np.where(rng.random((1, matrices, 10)) < rate, 0.0, 1.0)
+        data = xr.Dataset(
+            {
+                "null_max_cos": (("null", "draw", "side", "matrix", "null_rank"), draws),
+                **dict.fromkeys(("max_cos", "lower", "upper"), (("side", "matrix", "rank"), seen)),
+            },
+            coords={"null": ["spectrum"], "side": ["left"]},
+            attrs={"k": 10, "epsilon": 0.5},
+        )
+        found = Intruders(data)
+        null = found.null()
+        outside += not null.low <= found.count() <= null.high
+        small += null.p_value <= 0.01
+    assert outside / times < (0.3 if matrices == 1 else 0.12)  # five draws of one matrix do not bound its tail
+    assert small / times < (0.001 if matrices < 8 else 0.04)
 
 
 def test_null_resampling_in_pieces_is_the_same(monkeypatch):

@@ -62,10 +62,17 @@ def test_the_band_of_chance_is_that_of_random_updates(rank):
         long.append(np.linalg.norm(u[:, :k].T @ random @ v[:, :k]) ** 2 / (s**2).sum())
     low, high = np.quantile(long, [0.025, 0.975])
     assert float(data.energy_null) == pytest.approx(np.mean(long), rel=0.1)
-    # Gaussian rows for a uniform frame's: the band is a little wide, by k/out and k/in, never narrow.
-    assert float(data.energy_low) == pytest.approx(low, rel=0.3, abs=0.002)
-    assert float(data.energy_high) == pytest.approx(high, rel=0.3)
-    assert float(data.energy_high) > high * 0.9
+    assert float(data.energy_low) == pytest.approx(low, rel=0.1, abs=0.001)
+    assert float(data.energy_high) == pytest.approx(high, rel=0.1)
+
+
+def test_the_band_of_chance_never_leaves_what_is_possible():
+    """In the whole space the share is 1, whatever the update."""
+    rng = np.random.default_rng(4)
+    base = rng.standard_normal((16, 16))
+    data = measure(base, base + rng.standard_normal((16, 16)), ks=(16,)).data.isel(matrix=0, k=0)
+    assert float(data.energy) == pytest.approx(1)
+    assert (float(data.energy_low), float(data.energy_high)) == pytest.approx((1, 1), abs=0.01)
 
 
 def test_a_model_against_itself():
@@ -108,5 +115,5 @@ def test_rounding_alone_is_said_to_be_rounding():
 
 
 def test_options_out_of_range():
-    with pytest.raises(InputError, match="ks are at least 1"):
+    with pytest.raises(InputError, match="ks, null_draws and limit are at least 1"):
         measure(np.eye(3), 2 * np.eye(3), ks=(0, 2))

@@ -117,7 +117,8 @@ def _from_file(path: Path) -> Checkpoint:
         )
     checkpoint = _checkpoint(str(path), raw, config)
     checkpoint.origin["files"] = [str(p) for p in files]
-    checkpoint.fingerprint = fingerprint(files)
+    beside = path.parent / "config.json"  # it says how fused tensors are split
+    checkpoint.fingerprint = fingerprint([*files, beside] if beside.is_file() else files)
     return checkpoint
 
 

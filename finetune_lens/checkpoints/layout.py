@@ -44,8 +44,13 @@ COMPONENTS = (
 )  # fmt: skip
 COMPONENTS = tuple((name, re.compile(rf"(^|\.)({pattern})$")) for name, pattern in COMPONENTS)
 OUTSIDE = (
-    ("embed", re.compile(r"(^|\.)(wte|embed_tokens|word_embeddings|embed_in|tok_embeddings|shared)$")),
-    ("pos", re.compile(r"(^|\.)(wpe|embed_positions|position_embeddings)$")),
+    (
+        "embed",
+        re.compile(
+            r"(^|\.)(wte|embed_tokens|word_embeddings|embed_in|tok_embeddings|tok_emb|token_embedding|token_type_embeddings|shared)$"
+        ),
+    ),
+    ("pos", re.compile(r"(^|\.)(wpe|embed_positions|position_embeddings|pos_emb)$")),
     ("unembed", re.compile(r"^(lm_head|output)$")),
 )
 # How q, k, v are fused, by the config's model_type: one after the other, or head by head. `c_attn` is in blocks anyway.
@@ -75,7 +80,7 @@ class Part:
     @property
     def whole_shape(self) -> tuple[int, ...]:
         """(out, in) of the whole module."""
-        shape = self.stored.shape[1:] if self.expert is not None else self.stored.shape
+        shape = (self.stored.shape[1:] if self.expert is not None else self.stored.shape) or (1,)
         return shape[::-1] if self.transpose else shape
 
     @property
@@ -93,6 +98,8 @@ class Part:
     def read(self) -> torch.Tensor:
         """The numbers, as stored: (out, in), or a vector."""
         tensor = self.stored.read()
+        if tensor.ndim == 0:
+            tensor = tensor.reshape(1)
         if self.expert is not None:
             tensor = tensor[self.expert]
         return self._cut(tensor.T if self.transpose else tensor)

@@ -6,6 +6,7 @@ from finetune_lens.linalg.matching import Match, match
 from finetune_lens.linalg.routes import METHODS, Comparison, compare
 from finetune_lens.linalg.spectra import (
     effective_rank,
+    energy,
     haar,
     low_rank_values,
     null_max_cos,
@@ -25,6 +26,7 @@ __all__ = [
     "compare",
     "decompose",
     "effective_rank",
+    "energy",
     "haar",
     "low_rank_values",
     "match",

@@ -91,15 +91,20 @@ def decompose(
         noise = 2 * max(matrix.shape) * EPS * near.values[0].square()
         bases = _both_sides(matrix, near, noise, sides)
         return Decomposition(near.values, bases.get("left"), bases.get("right"), "gram")
-    largest = float(matrix.abs().max()) if matrix.numel() else 0.0
-    scale = 1.0 if largest == 0 or 1e-100 < largest < 1e100 else largest  # squares neither overflow nor vanish
-    if scale != 1:
-        matrix = matrix / scale
+    matrix, scale = scaled(matrix)
     if route == "auto":
         route = "gram" if min(matrix.shape) >= GRAM_FROM else "svd"
     values, bases = _by_gram(matrix, sides, top) if route == "gram" else _by_svd(matrix, sides)
     bases = {side: _rescaled(basis, scale) for side, basis in bases.items()}
     return Decomposition(values * scale, bases.get("left"), bases.get("right"), route)
+
+
+def scaled(matrix: Float[Tensor, "out in"]) -> tuple[Float[Tensor, "out in"], float]:
+    """The matrix over a number that keeps squares from overflowing or vanishing, and that number (1 for usual ones)."""
+    largest = float(torch.maximum(matrix.amax(), -matrix.amin()))
+    if largest == 0 or 1e-100 < largest < 1e100:
+        return matrix, 1.0
+    return matrix / largest, largest
 
 
 def near_side(shape: tuple[int, ...]) -> Side:

@@ -59,7 +59,7 @@ def update_in_base(
     wanted = min(p, k + EXTRA)
     found = None
     if p > DENSE_BELOW and wanted < p // 2:
-        found = _iterate(apply, p, wanted)
+        found = _iterate(apply, p, wanted, d.device)
         if found is not None and not _complete(d.square(), x, z, gram, found[0], noise):
             found = None
     if found is None:
@@ -84,12 +84,12 @@ def update_in_base(
     return basis.values, placed
 
 
-def _iterate(apply: Callable[[Tensor], Tensor], p: int, k: int) -> tuple[Tensor, Tensor] | None:
+def _iterate(apply: Callable[[Tensor], Tensor], p: int, k: int, device: torch.device) -> tuple[Tensor, Tensor] | None:
     """The k largest eigenpairs by implicitly restarted Lanczos; None where it does not converge."""
     from scipy.sparse.linalg import ArpackNoConvergence, LinearOperator, eigsh
 
     def matvec(v: np.ndarray) -> np.ndarray:
-        return apply(torch.from_numpy(v.reshape(-1, 1))).numpy()[:, 0]
+        return apply(torch.from_numpy(v.reshape(-1, 1)).to(device)).cpu().numpy()[:, 0]
 
     start = torch.randn(p, dtype=torch.float64, generator=torch.Generator().manual_seed(0)).numpy()
     operator = LinearOperator((p, p), matvec=matvec, dtype=start.dtype)
@@ -97,7 +97,7 @@ def _iterate(apply: Callable[[Tensor], Tensor], p: int, k: int) -> tuple[Tensor,
         squares, vectors = eigsh(operator, k=k, which="LA", v0=start, ncv=min(p - 1, max(3 * k, 60)), tol=1e-14)
     except ArpackNoConvergence:
         return None
-    return torch.from_numpy(squares[::-1].copy()), torch.from_numpy(vectors[:, ::-1].copy())
+    return torch.from_numpy(squares[::-1].copy()).to(device), torch.from_numpy(vectors[:, ::-1].copy()).to(device)
 
 
 def _complete(
@@ -119,7 +119,7 @@ def _complete(
     if shifted.abs().min() < noise:
         return False
     p = torch.cat([x, z], 1)
-    eye, zero = torch.eye(r, dtype=p.dtype), torch.zeros(r, r, dtype=p.dtype)
+    eye, zero = torch.eye(r, dtype=p.dtype, device=p.device), p.new_zeros(r, r)
     inverse = torch.cat([torch.cat([zero, eye], 1), torch.cat([eye, -gram], 1)])
     signs = torch.linalg.eigvalsh(-inverse - p.T @ (p / shifted[:, None]))
     above = int((shifted > 0).sum()) + int((signs > 0).sum()) - r

@@ -55,14 +55,13 @@ def match(
     square = cos.square()
     alone = (tuned.sizes == 1)[:reach]
     # Largest and mean cos² over the unit vectors of u_j's span; for an ordinary u_j both are cos².
-    members = _one_hot(tuned.clusters[:reach])
-    total = (square @ members)[:, tuned.clusters[:reach]][:, :k]
+    total = square.new_zeros(p, int(tuned.clusters[reach - 1]) + 1)
+    total = total.index_add_(1, tuned.clusters[:reach], square)[:, tuned.clusters[:k]]
     mean = total / tuned.sizes[:k]
     most = torch.where(alone[:k], square[:, :k], total)
 
     # Mass on each base cluster; what lies below the base's rank tolerance is whatever the others leave over.
-    groups = _one_hot(base.clusters)
-    mass = groups.T @ most
+    mass = most.new_zeros(int(base.clusters[-1]) + 1, k).index_add_(0, base.clusters, most)
     known = torch.ones(len(mass), 1, dtype=torch.bool, device=mass.device)
     rest = (1 - mean[: base.rank].sum(0)).clamp(0, 1)
     if base.rank < p:
@@ -90,10 +89,6 @@ def match(
         subspace_cos=inside.amax(0).clamp(0, 1).sqrt(),
         similarity=cos[:block, : min(block, k)].T,
     )
-
-
-def _one_hot(clusters: Int[Tensor, " p"]) -> Float[Tensor, "p c"]:
-    return torch.nn.functional.one_hot(clusters, int(clusters.max()) + 1).to(torch.float64)
 
 
 def _windows(base: Basis, gap: float) -> tuple[Int[Tensor, " p"], Int[Tensor, " p"]]:

@@ -26,7 +26,7 @@ class Comparison:
     base_values: Float[Tensor, " p"]
     tuned_values: Float[Tensor, " t"]
     matches: dict[Side, Match]
-    route: str  # "gram", "svd" or "update"
+    route: str  # "gram", "svd", "update", or "unchanged" where there was nothing to compare
 
 
 def compare(
@@ -58,12 +58,17 @@ def compare(
     tools = {"gap": gap, "block": block}
     near = _known(base, cache, digest)
     if update is not None and method != "exact":
+        if near is None:
+            near = decompose(base, sides=(near_side(base.shape),)).side(near_side(base.shape))
         found = _by_update(base, near, update, ranks=ranks, sides=sides, **tools)
         if not _open(found.matches, epsilon, judged):
             return found
     if tuned is None:
         tuned = base + update[0] @ update[1]
-    one = decompose(base, sides=sides) if near is None else decompose(base, sides=sides, near=near)
+    if near is not None and min(base.shape) >= GRAM_FROM:
+        one = decompose(base, sides=sides, near=near)
+    else:
+        one = decompose(base, sides=sides)
     other = decompose(tuned, sides=sides, top=ranks)
     while True:
         matches = {s: match(one.side(s), other.side(s), k=ranks, **tools) for s in sides}
@@ -87,7 +92,7 @@ def _known(base: Tensor, cache: BasisCache | None, digest: str) -> Basis | None:
 
 def _by_update(
     base: Tensor,
-    near: Basis | None,
+    near: Basis,
     update: tuple[Tensor, Tensor],
     *,
     ranks: int,
@@ -96,8 +101,6 @@ def _by_update(
     block: int,
 ) -> Comparison:
     side = near_side(base.shape)
-    if near is None:
-        near = decompose(base, sides=(side,)).side(side)
     noise = 2 * max(base.shape) * EPS * near.values[0].square()
     values, placed = update_in_base(near, base, *update, k=ranks, sides=sides)
     matches = {

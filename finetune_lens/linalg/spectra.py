@@ -4,7 +4,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from finetune_lens.linalg.exact import EPS, GRAM_FROM, TINY, Side, top_eigenpairs
+from finetune_lens.linalg.exact import EPS, GRAM_FROM, TINY, Side, scaled, top_eigenpairs
 
 
 def relative_gaps(values: Float[Tensor, " p"]) -> Float[Tensor, " p"]:
@@ -21,13 +21,13 @@ def singular_values(matrix: Float[Tensor, "out in"]) -> Float[Tensor, " p"]:
     By the Gram route (shorter side from 256 on), values that the squares cannot resolve (about 1e-7 of the largest) are
     0.
     """
-    matrix = matrix.to(torch.float64)
+    matrix, scale = scaled(matrix.to(torch.float64))
     if min(matrix.shape) < GRAM_FROM:
-        return torch.linalg.svdvals(matrix)
+        return torch.linalg.svdvals(matrix) * scale
     short = matrix if matrix.shape[0] <= matrix.shape[1] else matrix.T
     squares = torch.linalg.eigvalsh(short @ short.T).flip(0)
     squares[squares <= 2 * max(matrix.shape) * EPS * squares[0]] = 0
-    return squares.sqrt()
+    return squares.sqrt() * scale
 
 
 def low_rank_values(left: Float[Tensor, "out r"], right: Float[Tensor, "r in"]) -> Float[Tensor, " p"]:
@@ -44,6 +44,12 @@ def effective_rank(values: Float[Tensor, " p"]) -> float:
         return 0.0
     share = values / total
     return float(torch.special.entr(share).sum().exp())
+
+
+def energy(values: Float[Tensor, " p"]) -> float:
+    """√Σσ², the Frobenius norm, without overflow on the way."""
+    largest = float(values.abs().max()) if len(values) else 0.0
+    return largest * float(torch.linalg.vector_norm(values / largest)) if largest else 0.0
 
 
 def haar(rows: int, columns: int, *, generator: torch.Generator) -> Float[Tensor, "rows columns"]:

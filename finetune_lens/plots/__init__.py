@@ -48,6 +48,8 @@ _FIGURES: dict[str, dict[str, Callable[..., "Axes"]]] = {
 def figures_of(result: "Result") -> dict[str, Callable[[], "Figure"]]:
     """Title → function that draws that figure of the result; titles end in the side when there are two."""
     functions = _FIGURES.get(result.kind, {})
+    if result.kind == "updates" and not result.data.sizes["rank"]:  # vectors only
+        functions = {"map": update_map}
     if result.kind == "intruders":
         several = len(result.sides) > 1
         functions = {

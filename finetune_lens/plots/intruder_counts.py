@@ -90,7 +90,7 @@ def _nulls(
     cosines = data.null_max_cos.transpose("null", "draw", "matrix", "null_rank")
     spectrum, evenly = (cosines.sel(null=name).values for name in ("spectrum", "evenly"))
     panels = []
-    if k <= cosines.sizes["null_rank"]:
+    if k <= data.attrs.get("null_ranks", cosines.sizes["null_rank"]):
         counts = (np.stack([(v[..., :k] < e).sum(-1) for e in EPSILONS], -1) for v in (spectrum, evenly))
         panels.append((axes[0], EPSILONS, *counts))
     counts = (np.cumsum(v < epsilon, axis=-1)[..., : len(ks)] for v in (spectrum, evenly))

@@ -15,12 +15,17 @@ if TYPE_CHECKING:
 
 VERDICTS = {1: "intruder", 0: "not", -1: "undetermined"}
 NULL_DRAWS = 10_000
+FEW = 8  # matrices below which resampled p-values claim more than the draws allow
 CHUNK = 4_000_000  # numbers held at once while resampling
 
 
 @dataclass(frozen=True)
 class Null:
-    """What chance gives: mean count, 95 % interval, and the share of chance counts ≥ the observed one."""
+    """The count that one more random update would give: mean, 95 % interval, and the chance of at least the observed.
+
+    From a few draws a matrix, so the p-value is no smaller than these allow: for fewer than 8 matrices it is at least
+    the exact one of exchangeable draws, (1 + #{draws ≥ observed}) / (1 + draws).
+    """
 
     mean: float
     low: float
@@ -32,9 +37,11 @@ class Null:
 
 
 def resampled_totals(counts: np.ndarray) -> np.ndarray:
-    """Totals over the matrices of counts (draw, matrix, point), one draw a matrix: (resample, point).
+    """Predicted totals over the matrices from counts (draw, matrix, point), one draw a matrix: (resample, point).
 
     total = Σ_draw [pick = draw] @ counts[draw], in pieces, so that memory does not grow with the number of matrices.
+    The spread of resamples of D draws is (D − 1)/D of the variance, that of one more update about their mean (D + 1)/D:
+    it is widened by that ratio.
     """
     draws, n, points = counts.shape
     generator = np.random.default_rng(0)
@@ -44,6 +51,9 @@ def resampled_totals(counts: np.ndarray) -> np.ndarray:
         pick = generator.integers(draws, size=(min(rows, NULL_DRAWS - start), n))
         pieces = ((pick == d).astype(np.float32) @ counts[d].astype(np.float32) for d in range(draws))
         totals[start : start + rows] = sum(pieces)
+    if draws > 1:
+        mean = counts.mean(0).sum(0)
+        totals = (mean + (totals - mean) * ((draws + 1) / (draws - 1)) ** 0.5).clip(0)
     return totals
 
 
@@ -95,8 +105,16 @@ class Intruders(Result):
         return int((self._top(epsilon, k, side) == -1).sum())
 
     def _top(self, epsilon: float | None, k: int | None, side: str | None) -> "xr.DataArray":
-        k = self.k if k is None else k
-        return self.verdict(epsilon=epsilon).sel(side=self.chosen_side(side)).isel(rank=slice(k))
+        return self.verdict(epsilon=epsilon).sel(side=self.chosen_side(side)).isel(rank=slice(self._checked(k)))
+
+    def _checked(self, k: int | None) -> int:
+        """k, or the run's; an error where the result does not reach that far."""
+        k = self.k if k is None else int(k)
+        reach = int(self.data.attrs.get("ranks", 0))  # 0: all there are
+        if k < 1 or 0 < reach < k:
+            limit = f" and at most {reach}, the vectors that were looked at (ranks)" if reach else ""
+            raise InputError(f"k is at least 1{limit}; found {k}")
+        return k
 
     def chosen_side(self, side: str | None) -> str:
         """The side asked for, or the first that was computed."""
@@ -109,7 +127,7 @@ class Intruders(Result):
         """Counts on every ε × k: (epsilon, k)."""
         import xarray as xr
 
-        epsilons, ks = np.asarray(list(epsilons), float), np.asarray(list(ks), int)
+        epsilons, ks = np.asarray(list(epsilons), float), np.asarray([self._checked(k) for k in ks], int)
         upper = self.data.upper.sel(side=self.chosen_side(side)).values  # NaN compares false
         counts = np.stack([np.cumsum((upper < e).sum(0))[np.minimum(ks, upper.shape[1]) - 1] for e in epsilons])
         return xr.DataArray(counts, {"epsilon": epsilons, "k": ks}, ("epsilon", "k"), name="count")
@@ -126,7 +144,7 @@ class Intruders(Result):
         """The count that random singular vectors give; None when no null was drawn, or k is beyond it.
 
         The draws of different matrices are independent, so the total is resampled by taking one draw a matrix, 10,000
-        times (seeded): the interval is that of the total, not of its mean.
+        times (seeded): the interval is that of one more total, not of the mean.
         """
         per_draw = self._null_counts(epsilon, k, side, null)
         if per_draw is None:
@@ -136,13 +154,18 @@ class Intruders(Result):
         observed = int((self._top(epsilon, k, side) == 1).values[matrices].sum())
         low, high = np.quantile(totals, [0.025, 0.975])
         p_value = (1 + (totals >= observed).sum()) / (1 + NULL_DRAWS)
+        draws, n = per_draw.shape
+        if n < FEW:
+            p_value = max(p_value, (1 + (per_draw.sum(1) >= observed).sum()) / (1 + draws))
         return Null(float(per_draw.mean(0).sum()), float(low), float(high), float(p_value))
 
     def _null_counts(self, epsilon: float | None, k: int | None, side: str | None, null: str) -> np.ndarray | None:
         """Counts (draw, matrix)."""
         k = self.k if k is None else k
         epsilon = self.epsilon if epsilon is None else epsilon
-        if "null_max_cos" not in self.data or k > self.data.sizes["null_rank"]:
+        if "null_max_cos" not in self.data:
+            return None
+        if k > self.data.attrs.get("null_ranks", self.data.sizes["null_rank"]):
             return None
         values = self.data.null_max_cos.sel(null=null, side=self.chosen_side(side)).isel(null_rank=slice(k))
         return (values < epsilon).sum("null_rank").values
@@ -154,9 +177,9 @@ class Intruders(Result):
         import pandas as pd
 
         top = self._top(epsilon, k, side).values
-        labels = np.full(len(top), "all") if by == "all" else self.data[by].values if by in self.data.coords else None
-        if labels is None:
+        if by not in ("component", "layer", "matrix", "all"):
             raise InputError(f"by is one of component, layer, matrix, all; found {by!r}")
+        labels = np.full(len(top), "all") if by == "all" else self.data[by].values
         rows = []
         for label in dict.fromkeys(labels.tolist()):
             chosen = np.flatnonzero(labels == label)
@@ -179,7 +202,7 @@ class Intruders(Result):
 
     def to_frame(self, *, k: int | None = None) -> "pd.DataFrame":
         """One row a (matrix, side, vector) for the top k vectors."""
-        data = self.data.isel(rank=slice(self.k if k is None else k))
+        data = self.data.isel(rank=slice(self._checked(k)))
         names = ["max_cos", "lower", "upper", "best_base_rank", "subspace_cos"]
         frame = data[names].to_dataframe(dim_order=["matrix", "side", "rank"]).reset_index()
         flat = data[["sigma", "gap"]].to_dataframe(dim_order=["matrix", "rank"]).reset_index()
@@ -225,12 +248,15 @@ class Intruders(Result):
             if null is None:
                 lines.append("  no null was drawn")
             else:
+                chance = "random directions with the update's own singular values give"
                 if count > null.high:
-                    reading = "more than random directions with the update's own singular values give"
-                elif count < null.low:
-                    reading = "fewer than random directions with the update's own singular values give"
+                    reading = f"more than {chance}"
+                elif count + open_ < null.low:
+                    reading = f"fewer than {chance}"
+                elif null.low <= count and count + open_ <= null.high:
+                    reading = f"what {chance}"
                 else:
-                    reading = "what random directions with the update's own singular values give"
+                    reading = "open, for the vectors that are undetermined"
                 lines.append(f"  null, update's own spectrum: {null}, p = {null.p_value:.2g}: {reading}")
                 lines.append(f"  null, energy spread evenly:  {even}")
         flagged = self.to_frame()

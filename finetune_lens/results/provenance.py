@@ -25,10 +25,11 @@ def recorded(function: Callable[..., Result]) -> Callable[..., Result]:
     """
 
     @functools.wraps(function)
-    def run(subject: Any, *args: Any, **options: Any) -> Result:
+    def run(*args: Any, **options: Any) -> Result:
+        bound = inspect.signature(function).bind(*args, **options)
+        subject = next(iter(bound.arguments.values()))
         start = time.perf_counter()
-        result = function(subject, *args, **options)
-        bound = inspect.signature(function).bind(subject, *args, **options)
+        result = function(*args, **options)
         given = {k: v for k, v in list(bound.arguments.items())[1:] if k not in NOT_ARGUMENTS}
         bound.apply_defaults()
         defaulted = {k: v for k, v in list(bound.arguments.items())[1:] if k not in given and k not in NOT_ARGUMENTS}

@@ -67,7 +67,7 @@ class Updates(Result):
         return {
             "weights": len(frame),
             "changed": len(moved),
-            "relative_norm": float(np.sqrt((frame["delta_norm"] ** 2).sum() / (frame["base_norm"] ** 2).sum())),
+            "relative_norm": _total(frame),
             "stable_rank": _median(moved["stable_rank"]),
             "effective_rank": _median(moved["effective_rank"]),
         }
@@ -79,9 +79,10 @@ class Updates(Result):
         changed = frame[frame["delta_norm"] > 0]
         if changed.empty:
             return f"All {len(frame)} weights are identical in base and tuned model: there is no update."
-        total = np.sqrt((frame["delta_norm"] ** 2).sum() / (frame["base_norm"] ** 2).sum())
+        total = _total(frame)
+        size = "undefined (the base is zero)" if total is None else f"{total:.4g}"
         lines = [
-            f"‖Δ‖/‖W0‖ = {total:.4g} over {len(frame)} weights ({len(matrices)} matrices); "
+            f"‖Δ‖/‖W0‖ = {size} over {len(frame)} weights ({len(matrices)} matrices); "
             f"{len(frame) - len(changed)} identical"
         ]
         moved = matrices[matrices["delta_norm"] > 0]
@@ -104,6 +105,12 @@ class Updates(Result):
         excluded = self.provenance.get("excluded", {})
         lines += [f"excluded: {name} ({why})" for name, why in excluded.items()]
         return "\n".join(lines)
+
+
+def _total(frame: "pd.DataFrame") -> float | None:
+    """‖Δ‖/‖W0‖ over all weights; None where the base is zero."""
+    base = float((frame["base_norm"] ** 2).sum())
+    return float(np.sqrt((frame["delta_norm"] ** 2).sum() / base)) if base else None
 
 
 def _median(values: "pd.Series") -> float | None:
