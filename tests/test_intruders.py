@@ -585,3 +585,20 @@ def test_extreme_scales(scale, n):
     assert not bool(scaled.data.unchanged[0])
     assert float(scaled.data.effective_rank[0]) == pytest.approx(float(plain.data.effective_rank[0]))
     assert np.allclose(plain.data.null_max_cos, scaled.data.null_max_cos, atol=1e-5)
+
+
+def test_placing_in_pieces_is_the_same(monkeypatch):
+    """Whole clusters stay together, wherever the pieces would end."""
+    from finetune_lens.linalg import matching
+
+    rng = np.random.default_rng(22)
+    s = np.repeat(np.linspace(3, 1, 10), 3)
+    base, tuned = (
+        linalg.decompose(torch.tensor((orthonormal(rng, 30, 30) * s) @ orthonormal(rng, 30, 30).T)).left for _ in "ab"
+    )
+    whole = linalg.match(base, tuned, k=20, gap=0.01, block=6)
+    monkeypatch.setattr(matching, "COLUMNS", 4)
+    pieces = linalg.match(base, tuned, k=20, gap=0.01, block=6)
+    for field in ("max_cos", "best", "lower", "upper", "subspace_cos", "similarity"):
+        assert torch.allclose(getattr(whole, field).double(), getattr(pieces, field).double(), atol=1e-12), field
+    assert whole.max_cos.shape == (20,)

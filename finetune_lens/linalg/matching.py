@@ -8,6 +8,8 @@ from torch import Tensor
 
 from finetune_lens.linalg.exact import Basis
 
+COLUMNS = 128  # vectors placed at a time, so that memory does not grow with k
+
 
 @dataclass(frozen=True)
 class Match:
@@ -44,51 +46,61 @@ def match(
     is undetermined, the bound holds for every unit vector of its span. Below the rank tolerance of `tuned` nothing is
     known.
 
-    Cost: 2·dim·p·k flops.
+    Cost: 2·dim·p·k flops. Memory: some p × 128 numbers.
     """
-    p = base.vectors.shape[1]
-    # u_j is known only together with its cluster, which may reach beyond k.
-    reach = int((tuned.clusters <= tuned.clusters[k - 1]).sum())
-    cos = base.vectors.T @ tuned.vectors[:, :reach] if cosines is None else cosines[:, :reach]
-    cos = cos.abs().clamp_max(1)  # p × reach
-    max_cos, best = cos[:, :k].max(0)
+    pieces, start = [], 0
+    while start < k:
+        last = tuned.clusters[min(start + COLUMNS, k) - 1]
+        stop = int((tuned.clusters <= last).sum())  # u_j is known only together with its cluster
+        cos = base.vectors.T @ tuned.vectors[:, start:stop] if cosines is None else cosines[:, start:stop]
+        pieces.append(_piece(base, tuned, cos.abs().clamp_max(1), start=start, gap=gap))
+        start = stop
+    if cosines is None:
+        similarity = base.vectors[:, :block].T @ tuned.vectors[:, : min(block, k)]
+    else:
+        similarity = cosines[:block, : min(block, k)]
+    joined = (torch.cat(parts)[:k] for parts in zip(*pieces, strict=True))
+    return Match(*joined, similarity=similarity.abs().clamp_max(1).T)
+
+
+def _piece(
+    base: Basis, tuned: Basis, cos: Float[Tensor, "p n"], *, start: int, gap: float
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """max_cos, best, lower, upper, subspace_cos of the n vectors of `tuned` from `start` on, whole clusters of them."""
+    p, n = cos.shape
+    clusters = tuned.clusters[start : start + n] - tuned.clusters[start]
+    sizes, error = tuned.sizes[start : start + n], tuned.error[start : start + n]
+    max_cos, best = cos.max(0)
     square = cos.square()
-    alone = (tuned.sizes == 1)[:reach]
+    alone = sizes == 1
     # Largest and mean cos² over the unit vectors of u_j's span; for an ordinary u_j both are cos².
-    total = square.new_zeros(p, int(tuned.clusters[reach - 1]) + 1)
-    total = total.index_add_(1, tuned.clusters[:reach], square)[:, tuned.clusters[:k]]
-    mean = total / tuned.sizes[:k]
-    most = torch.where(alone[:k], square[:, :k], total)
+    total = square.new_zeros(p, int(clusters[-1]) + 1).index_add_(1, clusters, square)[:, clusters]
+    mean = total / sizes
+    most = torch.where(alone, square, total)
 
     # Mass on each base cluster; what lies below the base's rank tolerance is whatever the others leave over.
-    mass = most.new_zeros(int(base.clusters[-1]) + 1, k).index_add_(0, base.clusters, most)
+    mass = most.new_zeros(int(base.clusters[-1]) + 1, n).index_add_(0, base.clusters, most)
     known = torch.ones(len(mass), 1, dtype=torch.bool, device=mass.device)
     rest = (1 - mean[: base.rank].sum(0)).clamp(0, 1)
     if base.rank < p:
-        mass[-1] = torch.where(alone[:k], rest, 1.0)
+        mass[-1] = torch.where(alone, rest, 1.0)
         known[-1] = base.complete  # else the basis holds arbitrary vectors of a larger null space
     first = torch.searchsorted(base.clusters.contiguous(), torch.arange(len(mass), device=mass.device))
-    error, size = base.error[first][:, None], base.sizes[first][:, None]
-    slack = error + tuned.error[:k]
+    size = base.sizes[first][:, None]
+    slack = base.error[first][:, None] + error
     norm = mass.sqrt().clamp_max(1)
     upper = (norm + slack).amax(0).clamp_max(1)
     floor = (norm - slack).clamp_min(0) / size.to(norm.dtype).sqrt()
-    lower = torch.where(alone[:k], torch.where(known, floor, 0).amax(0), 0)
-    beyond = torch.arange(k, device=cos.device) >= tuned.rank
+    lower = torch.where(alone, torch.where(known, floor, 0).amax(0), 0)
+    beyond = torch.arange(start, start + n, device=cos.device) >= tuned.rank
     lower, upper = torch.where(beyond, 0, lower), torch.where(beyond, 1, upper)
 
     window = _windows(base, gap)
-    sums = torch.cat([mean.new_zeros(1, k), mean.cumsum(0)])
+    sums = torch.cat([mean.new_zeros(1, n), mean.cumsum(0)])
     inside = sums[window[1]] - sums[window[0]]
     inside[base.rank :] = rest
-    return Match(
-        max_cos=max_cos,
-        best=best,
-        lower=torch.minimum(lower, max_cos),
-        upper=torch.maximum(upper, max_cos),
-        subspace_cos=inside.amax(0).clamp(0, 1).sqrt(),
-        similarity=cos[:block, : min(block, k)].T,
-    )
+    subspace_cos = inside.amax(0).clamp(0, 1).sqrt()
+    return max_cos, best, torch.minimum(lower, max_cos), torch.maximum(upper, max_cos), subspace_cos
 
 
 def _windows(base: Basis, gap: float) -> tuple[Int[Tensor, " p"], Int[Tensor, " p"]]:
