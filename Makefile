@@ -7,7 +7,7 @@ demo: .venv/.core
 	$(BIN)/python -m finetune_lens.demo
 
 test: .venv/.dev lint
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n auto --maxprocesses 4
 
 lint: .venv/.dev
 	$(BIN)/ruff check .
