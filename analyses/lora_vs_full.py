@@ -1,0 +1,449 @@
+"""LoRA against full fine-tuning on the zoo's base: a sweep of ranks and rates, matched on accuracy.
+
+    python -m analyses.lora_vs_full sweep     # about an hour on one core; interrupted, the same command continues
+    python -m analyses.lora_vs_full claims    # the table of claims, from the stored results, in seconds
+
+The base of the pair `strings` learns the new task by full fine-tuning and by LoRA of ranks 1 to 64 (α = 2·rank), each
+at several learning rates and seeds, and stops at the first validation accuracy that reaches a common target. Every
+model is then scored on the test strings of all tasks, paired with the base, and its weights are measured: intruder
+dimensions with their nulls, ‖Δ‖/‖W0‖ and effective rank over the same matrices. The claims are those of Shuttleworth
+et al. 2024, "LoRA vs Full Fine-tuning: An Illusion of Equivalence" (arXiv 2410.21228).
+
+What is compared was not chosen by what is compared. A method stands for its rate that reached the target in fewest
+steps; runs that did not reach it are kept, marked, and left out of comparisons. All runs share one base: intervals are
+over seeds of tuning, and say nothing of other bases.
+"""
+
+import dataclasses
+import hashlib
+import json
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import numpy as np
+
+from finetune_lens import zoo
+from finetune_lens.errors import InputError
+from finetune_lens.files import whole_file
+from finetune_lens.tasks.strings import BASE_TASKS, LENGTH, NEW_TASK, TASKS, draw, encode
+from finetune_lens.zoo import strings_recipe as recipe
+
+if TYPE_CHECKING:
+    import pandas as pd
+    import xarray as xr
+    from transformers import PreTrainedModel
+
+NAME = "lora_vs_full"
+RESULTS = Path(__file__).resolve().parent / "results"
+EPSILONS = tuple(round(0.05 * i, 2) for i in range(1, 20))
+KS = (1, 2, 5, 10, 20, 50)
+EPSILON, K = 0.5, 10
+SIDES = ("left", "right")
+RESAMPLES = 10_000
+FEW = 0.05  # share of the judged vectors up to which a count is "few"
+NEGLIGIBLE = 0.3  # |Spearman's ρ| up to which a correlation is called none
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sweep:
+    """What is trained: every rank at every rate with every seed; rank 0 is full fine-tuning."""
+
+    full_rates: tuple[float, ...] = (1e-4, 3e-4, 1e-3, 3e-3)
+    lora_rates: tuple[float, ...] = (3e-4, 1e-3, 3e-3, 1e-2)
+    ranks: tuple[int, ...] = (1, 4, 16, 64)
+    seeds: tuple[int, ...] = (0, 1, 2)
+    target: float = 0.95
+    steps: int = 400
+    items: int = 1000
+    null_draws: int = 5
+
+    def runs(self) -> "Iterator[Tuning]":
+        """Seeds outermost: a sweep that is cut off is balanced up to its last seed."""
+        for seed in self.seeds:
+            for rank in (0, *self.ranks):
+                for rate in self.lora_rates if rank else self.full_rates:
+                    yield Tuning(rank, rate, seed)
+
+
+@dataclass(frozen=True)
+class Tuning:
+    """One run of the sweep."""
+
+    rank: int
+    rate: float
+    seed: int
+
+    @property
+    def method(self) -> recipe.Method:
+        return "lora" if self.rank else "full"
+
+    @property
+    def name(self) -> str:
+        return f"{self.method}{self.rank or ''}-{self.rate:g}-seed{self.seed}"
+
+
+# Mini trains a toy for a few steps and calls any accuracy reached: it tries the course of a sweep and finds nothing.
+MINI = Sweep(
+    full_rates=(1e-3, 1e-2), lora_rates=(1e-2, 3e-2), ranks=(1, 2), seeds=(0, 1), target=0.0, steps=2, items=10,
+    null_draws=2,
+)  # fmt: skip
+SCALES = {"tiny": Sweep(), "mini": MINI}
+
+
+# Training and measuring
+
+
+def run_sweep(work: Path, scale: str, *, progress: bool = True) -> "xr.Dataset":
+    """Train, score and measure every run of the sweep in the folder `work`, on one thread; what is there is kept.
+
+    A run leaves `models/NAME`, and `runs/NAME.json` with all that was measured. Without the latter it is measured
+    again, not trained again.
+    """
+    import torch
+    from tqdm.auto import tqdm
+    from transformers.utils import logging
+
+    settings = SCALES[scale]
+    threads, bars = torch.get_num_threads(), logging.is_progress_bar_enabled()
+    torch.set_num_threads(1)  # so that the outcome does not depend on how many cores there are
+    logging.disable_progress_bar()  # reading and writing a megabyte needs none
+    try:
+        (work / "runs").mkdir(parents=True, exist_ok=True)
+        base = zoo.path("strings") / "base"
+        if scale == "mini":
+            base = work / "base"
+            recipe.pretrain(base, settings=recipe.MINI, checkpoint=work / "base.pt", progress=False)
+        digest = hashlib.sha256((base / "model.safetensors").read_bytes()).hexdigest()
+        scored = Scored(base, settings.items)
+        records = []
+        with tqdm(list(settings.runs()), disable=not progress, unit="run", smoothing=0.1) as runs:
+            for tuning in runs:
+                runs.set_postfix_str(tuning.name)
+                trained = _trained(work, base, digest, tuning, settings)
+                records.append(_measured(work, base, digest, tuning, settings, trained, scored))
+        return assemble(records, scored.accuracy(), scale, digest)
+    finally:
+        torch.set_num_threads(threads)
+        if bars:
+            logging.enable_progress_bar()
+
+
+def _trained(work: Path, base: Path, digest: str, tuning: Tuning, settings: Sweep) -> dict[str, Any]:
+    """The tuned model in `models/NAME`, and how training went."""
+    out = work / "models" / tuning.name
+    asked = {"base": digest, "target": settings.target, "steps": settings.steps} | dataclasses.asdict(tuning)
+    found = _read(out / "training.json", asked)
+    if found is not None:
+        return found
+    checkpoint = work / "models" / f"{tuning.name}.pt"
+    checkpoint.parent.mkdir(exist_ok=True)
+    record: dict[str, Any] = {"asked": asked}
+    try:
+        run = recipe.tune(
+            base, out, method=tuning.method, rank=max(tuning.rank, 1), learning_rate=tuning.rate, seed=tuning.seed,
+            target=settings.target, steps=settings.steps, checkpoint=checkpoint, progress=False,
+        )  # fmt: skip
+    except FloatingPointError as error:  # a finding about the rate, not a failure of the sweep
+        out.mkdir(exist_ok=True)
+        record |= {"steps": None, "validation_accuracy": 0.0, "seconds": 0.0, "diverged": str(error)}
+    else:
+        steps, accuracy = list(run.scores.items())[-1]
+        record |= {"steps": steps, "validation_accuracy": accuracy, "seconds": round(run.seconds, 1)}
+    _write(out / "training.json", record)
+    checkpoint.unlink(missing_ok=True)
+    return record
+
+
+def _measured(
+    work: Path, base: Path, digest: str, tuning: Tuning, settings: Sweep, trained: dict[str, Any], scored: "Scored"
+) -> dict[str, Any]:
+    """All that the results keep of one run."""
+    import finetune_lens as fl
+    from finetune_lens.results import provenance
+
+    file = work / "runs" / f"{tuning.name}.json"
+    asked = {"trained": trained, "items": settings.items, "null_draws": settings.null_draws}
+    asked |= {"epsilons": EPSILONS, "ks": KS, "epsilon": EPSILON, "k": K}
+    found = _read(file, asked)
+    if found is not None:
+        return found
+    start = time.perf_counter()
+    record = {"asked": asked, "tuning": dataclasses.asdict(tuning), "method": tuning.method} | trained
+    if "diverged" not in trained:
+        out = work / "models" / tuning.name
+        result = fl.find_intruders(
+            fl.ModelPair.load(base, out), epsilon=EPSILON, k=K, side="both", null_draws=settings.null_draws,
+            device="cpu", progress=False,
+        )  # fmt: skip
+        record |= weights_of(result) | scored.against(out)
+    record["versions"], record["commit"] = provenance._versions(), provenance._commit()
+    record["measuring_seconds"] = round(time.perf_counter() - start, 1)
+    _write(file, record)
+    return json.loads(file.read_text())
+
+
+def weights_of(result: Any) -> dict[str, Any]:
+    """What is kept of an `Intruders` result; norms and ranks are over the matrices that were counted."""
+    data = result.data
+    nulls = {null: [result.null(side=side, null=null) for side in SIDES] for null in ("spectrum", "evenly")}
+    return {
+        "count": [result.count(side=side) for side in SIDES],
+        "undetermined": [result.undetermined(side=side) for side in SIDES],
+        "counts": [result.grid(EPSILONS, KS, side=side).values.tolist() for side in SIDES],
+        "null_counts": [
+            [[result.null(epsilon=epsilon, k=k, side=side).mean for k in KS] for epsilon in EPSILONS] for side in SIDES
+        ],
+        **{
+            f"null_{part}": [[getattr(null, part) for null in each] for each in nulls.values()]
+            for part in ("mean", "low", "high")
+        },
+        "vectors": int(result.table("all", side="left")["vectors"].item()),
+        "relative_norm": float(np.sqrt((data.delta_norm**2).sum() / (data.base_norm**2).sum())),
+        "effective_rank": float(data.effective_rank.median()),
+        "weights_sha256": result.provenance["weights_sha256"]["tuned"],
+    }
+
+
+class Scored:
+    """The base's answers to the test strings, item by item, computed once and when first needed."""
+
+    def __init__(self, base: Path, items: int):
+        self.base, self.items = base, items
+        self._answers: dict[str, tuple[np.ndarray, np.ndarray]] = {}
+
+    def answers(self) -> dict[str, tuple[np.ndarray, np.ndarray]]:
+        if not self._answers:
+            self._answers = self._of(recipe.load(self.base))
+        return self._answers
+
+    def accuracy(self) -> dict[str, list[float]]:
+        """The base's own accuracy and loss, a value a task."""
+        means = np.array([[each.mean() for each in self.answers()[task]] for task in TASKS])
+        return {"base_accuracy": means[:, 0].tolist(), "base_loss": means[:, 1].tolist()}
+
+    def against(self, tuned: Path) -> dict[str, Any]:
+        """Accuracy and loss of a tuned model by task, and what it forgot of the base tasks: mean and 95 % interval.
+
+        Forgetting is the mean drop of accuracy over the base tasks, and the mean rise of their loss (nats a token, the
+        paper's kind of measure, which does not saturate); intervals are a paired bootstrap over strings in each task.
+        """
+        adapter = (tuned / "adapter_config.json").exists()
+        after, before = self._of(recipe.load(self.base, tuned) if adapter else recipe.load(tuned)), self.answers()
+        drops = np.array([before[task][0] - after[task][0] for task in BASE_TASKS])
+        rises = np.array([after[task][1] - before[task][1] for task in BASE_TASKS])
+        return {
+            "accuracy": [float(after[task][0].mean()) for task in TASKS],
+            "loss": [float(after[task][1].mean()) for task in TASKS],
+            "forgetting": [float(drops.mean()), *_items_interval(drops)],
+            "loss_rise": [float(rises.mean()), *_items_interval(rises)],
+        }
+
+    def _of(self, model: "PreTrainedModel") -> dict[str, tuple[np.ndarray, np.ndarray]]:
+        """Task → (1 where the answer is exact, loss in nats a token of the answer), of the strings `score` uses."""
+        drawn = {task: draw([task], self.items, recipe.stream(0, task), part="test") for task in TASKS}
+        return {task: answers(model, items) for task, items in drawn.items()}
+
+
+def answers(model: "PreTrainedModel", items: list, *, batch_size: int = 500) -> tuple[np.ndarray, np.ndarray]:
+    """Whether each item is answered exactly, and its mean loss over the letters and `<eos>` of the answer."""
+    import torch
+
+    exact, losses = [], []
+    model.eval()
+    with torch.inference_mode():
+        for start in range(0, len(items), batch_size):
+            batch = encode(items[start : start + batch_size])
+            logits = model(input_ids=batch["input_ids"]).logits[:, LENGTH + 2 : -1]
+            right = batch["labels"][:, LENGTH + 3 :]
+            exact.append((logits.argmax(-1) == right).all(1).double().numpy())
+            losses.append(torch.nn.functional.cross_entropy(logits.mT, right, reduction="none").mean(1).numpy())
+    return np.concatenate(exact), np.concatenate(losses).astype(float)
+
+
+def _items_interval(differences: np.ndarray) -> list[float]:
+    """95 % of the mean over tasks, strings resampled within each task: (task, string) → [low, high]."""
+    generator = np.random.default_rng(0)
+    total = np.zeros(RESAMPLES)
+    for row in differences:
+        for piece in np.array_split(np.arange(RESAMPLES), 10):
+            total[piece] += row[generator.integers(len(row), size=(len(piece), len(row)))].mean(1)
+    return [float(end) for end in np.quantile(total / len(differences), [0.025, 0.975])]
+
+
+def _read(file: Path, asked: dict[str, Any]) -> dict[str, Any] | None:
+    """What `file` holds, if it was made for the same question."""
+    if not file.exists():
+        return None
+    found = json.loads(file.read_text())
+    return found if found["asked"] == json.loads(json.dumps(asked)) else None
+
+
+def _write(file: Path, record: dict[str, Any]) -> None:
+    with whole_file(file) as path:
+        path.write_text(json.dumps(record, indent=1) + "\n")
+
+
+# The results file
+
+
+def assemble(records: list[dict[str, Any]], base: dict[str, list[float]], scale: str, digest: str) -> "xr.Dataset":
+    """All runs in one dataset; a run that diverged has NaN for what could not be measured.
+
+    Dimensions run (coordinates method, rank, learning_rate, seed), task, side, null, epsilon, k.
+    """
+    import xarray as xr
+
+    settings = SCALES[scale]
+    sizes = {"task": len(TASKS), "side": 2, "null": 2, "epsilon": len(EPSILONS), "k": len(KS), "end": 3}
+    dims: dict[str, tuple[str, ...]] = {
+        "steps": (), "validation_accuracy": (), "seconds": (), "relative_norm": (), "effective_rank": (), "vectors": (),
+        "accuracy": ("task",), "loss": ("task",), "forgetting": ("end",), "loss_rise": ("end",),
+        "count": ("side",), "undetermined": ("side",), "counts": ("side", "epsilon", "k"),
+        "null_counts": ("side", "epsilon", "k"), "null_mean": ("null", "side"), "null_low": ("null", "side"),
+        "null_high": ("null", "side"),
+    }  # fmt: skip
+
+    def stacked(name: str) -> np.ndarray:
+        missing = np.full([sizes[dim] for dim in dims[name]], np.nan)
+        values = [record.get(name) for record in records]
+        return np.array([missing if value is None else np.asarray(value, float) for value in values])
+
+    data = xr.Dataset(
+        {name: (("run", *d), stacked(name)) for name, d in dims.items()},
+        coords={
+            "method": ("run", np.array([record["method"] for record in records], dtype=object)),
+            "rank": ("run", [record["tuning"]["rank"] for record in records]),
+            "learning_rate": ("run", [record["tuning"]["rate"] for record in records]),
+            "seed": ("run", [record["tuning"]["seed"] for record in records]),
+            "task": np.array(list(TASKS), dtype=object),
+            "side": np.array(SIDES, dtype=object),
+            "null": np.array(["spectrum", "evenly"], dtype=object),
+            "epsilon": list(EPSILONS),
+            "k": list(KS),
+            "end": np.array(["mean", "low", "high"], dtype=object),
+        },
+    )
+    for name, values in base.items():
+        data[name] = ("task", values)
+    data["reached"] = data.validation_accuracy >= settings.target
+
+    def distinct(name: str) -> list[Any]:
+        return [json.loads(each) for each in sorted({json.dumps(record[name], sort_keys=True) for record in records})]
+
+    record = {
+        "command": "python -m analyses.lora_vs_full sweep",
+        "scale": scale,
+        "settings": dataclasses.asdict(settings),
+        "epsilon": EPSILON,
+        "k": K,
+        "base_sha256": digest,
+        "tuned_sha256": [each.get("weights_sha256", "") for each in records],
+        "versions": distinct("versions"),
+        "commits": distinct("commit"),
+        "seconds": {
+            "training": round(sum(each["seconds"] for each in records)),
+            "measuring": round(sum(each["measuring_seconds"] for each in records)),
+        },
+    }
+    data.attrs["provenance"] = json.dumps(record)
+    return data
+
+
+def save(data: "xr.Dataset", folder: Path) -> None:
+    """The dataset, its table (a row a run), its provenance and the claims, each file whole or absent."""
+    folder.mkdir(parents=True, exist_ok=True)
+    with whole_file(folder / f"{NAME}.nc") as path:
+        compressed = {name: {"zlib": True} for name in data.data_vars}
+        data.to_netcdf(path, engine="h5netcdf", encoding=compressed)
+    with whole_file(folder / f"{NAME}.csv") as path:
+        runs_of(data).to_csv(path, index=False, float_format="%.6g")
+    with whole_file(folder / f"{NAME}.json") as path:
+        path.write_text(json.dumps(json.loads(data.attrs["provenance"]), indent=1) + "\n")
+    with whole_file(folder / f"{NAME}.md") as path:
+        path.write_text(report(data))
+
+
+def load(folder: Path = RESULTS) -> "xr.Dataset":
+    """What `save` wrote.
+
+    Raises:
+        InputError: no such results.
+    """
+    import xarray as xr
+
+    file = folder / f"{NAME}.nc"
+    if not file.is_file():
+        raise InputError(f"no results in {folder}; make them with: python -m analyses.lora_vs_full sweep")
+    with xr.open_dataset(file, engine="h5netcdf") as stored:
+        return stored.load()
+
+
+def runs_of(data: "xr.Dataset", *, side: str = "left") -> "pd.DataFrame":
+    """One row a run: what was asked, what was reached, forgotten and found on one side at ε = 0.5, k = 10."""
+    import pandas as pd
+
+    scalars = ("steps", "validation_accuracy", "reached", "relative_norm", "effective_rank", "vectors")
+    frame = pd.DataFrame(
+        {name: data[name].values for name in ("method", "rank", "learning_rate", "seed", *scalars, "seconds")}
+    )
+    frame["reached"] = frame["reached"].astype(bool)
+    frame["new_task_accuracy"] = data.accuracy.sel(task=NEW_TASK).values
+    for name in ("forgetting", "loss_rise"):
+        for end in ("mean", "low", "high"):
+            frame[name if end == "mean" else f"{name}_{end}"] = data[name].sel(end=end).values
+    here = data.sel(side=side)
+    frame["count"], frame["undetermined"] = here["count"].values, here["undetermined"].values
+    for part in ("mean", "low", "high"):
+        frame[f"null_{part}"] = here[f"null_{part}"].sel(null="spectrum").values
+    frame["excess"] = frame["count"] - frame["null_mean"]
+    frame["chosen"] = False
+    for _, group in frame[frame["reached"]].groupby(["rank", "seed"]):
+        rows = group.reset_index().to_dict("records")
+        frame.loc[recipe.choose(rows, target=-np.inf)["index"], "chosen"] = True  # all of them reached it
+    return frame
+
+
+def report(data: "xr.Dataset") -> str:
+    return ""
+
+
+def main() -> None:
+    import typer
+
+    from finetune_lens.command import Basic, run
+
+    def sweep(
+        *,
+        scale: Annotated[str, typer.Option(help="tiny (the study), or mini (seconds; tries the course).")] = "tiny",
+        work: Annotated[Path, typer.Option(help="Folder of the runs; an interrupted sweep continues from it.")] = Path(
+            "runs", NAME
+        ),
+        common: Basic,
+    ) -> None:
+        """Train, score and measure the sweep; the study's results replace those in analyses/results."""
+        if scale not in SCALES:
+            raise InputError(f"scale is one of {', '.join(SCALES)}; found {scale!r}")
+        data = run_sweep(work / scale, scale, progress=not common.quiet)
+        folder = RESULTS if scale == "tiny" else work / scale / "results"
+        save(data, folder)
+        print(report(data))
+        common.say(f"saved in {folder}/")
+
+    def claims(
+        *,
+        results: Annotated[Path, typer.Option(help="Folder of the results.")] = RESULTS,
+        common: Basic,
+    ) -> None:
+        """Print the table of claims from stored results."""
+        print(report(load(results)))
+
+    run(sweep, claims)
+
+
+if __name__ == "__main__":
+    from analyses.lora_vs_full import main
+
+    main()
