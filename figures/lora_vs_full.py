@@ -1,0 +1,131 @@
+"""The figure of the study: intruder dimensions of LoRA and full fine-tuning, matched on accuracy.
+
+    python -m figures.lora_vs_full
+
+Reads analyses/results; writes figures/lora_vs_full.png and .pdf.
+"""
+
+import argparse
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from analyses import lora_vs_full as study
+from finetune_lens.plots import _style
+
+if TYPE_CHECKING:
+    import pandas as pd
+    import xarray as xr
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+ROOT = Path(__file__).resolve().parents[1]
+FULL = ("#0072B2", "o")
+LORA = (("#F2B27E", "^"), ("#E5812F", "s"), ("#B4510C", "D"), ("#6B2D04", "p"))  # light to dark as the rank rises
+
+
+def draw(data: "xr.Dataset") -> "Figure":
+    """Counts at matched accuracy (a), against the rate (b) and the size of the update (c), and forgetting (d)."""
+    import matplotlib.pyplot as plt
+
+    from finetune_lens.plots._figure import StyledFigure
+
+    frame = study.runs_of(data)
+    ranks = sorted(frame["rank"].unique())
+    looks = {rank: LORA[i - 1] if rank else FULL for i, rank in enumerate(ranks)}
+    with _style.styled():
+        figure, axes = plt.subplots(2, 2, figsize=(_style.PAGE, 5.2), FigureClass=StyledFigure)
+        _matched(axes[0, 0], frame, looks)
+        _rates(axes[0, 1], frame, looks)
+        _sizes(axes[1, 0], frame, looks)
+        _forgetting(axes[1, 1], frame, looks)
+        for letter, ax in zip("abcd", axes.flat, strict=True):
+            ax.set_title(letter, loc="left", fontweight="bold")
+        _legend(figure, looks)
+    return figure
+
+
+def _matched(ax: "Axes", frame: "pd.DataFrame", looks: dict) -> None:
+    """The chosen runs of each method beside what their nulls give."""
+    places = {choice: shift for choice, shift in zip(study.CHOICES, (-0.2, 0.2), strict=True)}
+    for i, (rank, (colour, marker)) in enumerate(looks.items()):
+        for choice, shift in places.items():
+            runs = frame[(frame["rank"] == rank) & frame[choice]]
+            if runs.empty:
+                continue
+            low, high = runs["null_low"].mean(), runs["null_high"].mean()
+            ax.bar(i + shift, high - low, 0.34, bottom=low, color=_style.NULL_BAND, lw=0)
+            ax.plot(
+                [i + shift - 0.17, i + shift + 0.17], [runs["null_mean"].mean()] * 2, color=_style.NULL_LINE, lw=0.8
+            )
+            jitter = np.linspace(-0.08, 0.08, len(runs)) if len(runs) > 1 else [0.0]
+            ax.plot(i + shift + np.asarray(jitter), runs["count"], ls="", marker=marker, color=colour, mew=0)
+            ax.annotate(
+                ", ".join(f"{rate:g}" for rate in sorted(runs["learning_rate"].unique(), reverse=True)),
+                (i + shift, 0), (0, -3), textcoords="offset points", rotation=90, ha="center", va="top", fontsize=6,
+                annotation_clip=False,
+            )  # fmt: skip
+    ax.set_xticks(range(len(looks)), [f"r = {rank}" if rank else "full" for rank in looks])
+    ax.tick_params(axis="x", length=0, pad=30)
+    ax.set(ylabel="intruder dimensions", xlim=(-0.5, len(looks) - 0.5))
+    ax.set_ylim(bottom=0)
+
+
+def _rates(ax: "Axes", frame: "pd.DataFrame", looks: dict) -> None:
+    for rank, (colour, _) in looks.items():
+        means = frame[frame["rank"] == rank].groupby("learning_rate")["count"].mean()
+        ax.plot(means.index, means, color=colour, lw=0.8)
+    _runs(ax, frame, "learning_rate", "count", looks)
+    ax.set(xlabel="learning rate", ylabel="intruder dimensions", xscale="log")
+
+
+def _sizes(ax: "Axes", frame: "pd.DataFrame", looks: dict) -> None:
+    _runs(ax, frame, "relative_norm", "count", looks)
+    ax.set(xlabel="size of the update, ‖Δ‖/‖W0‖", ylabel="intruder dimensions", xscale="log")
+    _style.plain_logarithmic(ax.xaxis)
+
+
+def _forgetting(ax: "Axes", frame: "pd.DataFrame", looks: dict) -> None:
+    _runs(ax, frame, "count", "loss_rise", looks)
+    matched = frame[frame["reached"]]
+    lines = ["Spearman's ρ, 95 % interval"]
+    for label, runs in (("all", matched), ("LoRA", matched[matched["rank"] > 0])):
+        found = study.spearman(runs, "count", "loss_rise")
+        lines.append(f"{label}: {found.value:.2f} [{found.low:.2f}, {found.high:.2f}]")
+    ax.text(0.98, 0.03, "\n".join(lines), transform=ax.transAxes, ha="right", va="bottom", fontsize=7)
+    ax.set(xlabel="intruder dimensions", ylabel="forgetting: rise of loss (nats a token)")
+    ax.set_ylim(bottom=0)
+
+
+def _runs(ax: "Axes", frame: "pd.DataFrame", x: str, y: str, looks: dict) -> None:
+    """A marker a run, hollow where it did not reach the target."""
+    for rank, (colour, marker) in looks.items():
+        for reached, runs in frame[frame["rank"] == rank].groupby("reached"):
+            face = colour if reached else "white"
+            ax.plot(runs[x], runs[y], ls="", marker=marker, mec=colour, mfc=face, mew=0.6, clip_on=False, zorder=3)
+
+
+def _legend(figure: "Figure", looks: dict) -> None:
+    from matplotlib.lines import Line2D
+    from matplotlib.patches import Patch
+
+    handles = [
+        Line2D([], [], color=colour, marker=marker, mew=0, label=f"LoRA, r = {rank}" if rank else "full fine-tuning")
+        for rank, (colour, marker) in looks.items()
+    ]
+    handles.append(Line2D([], [], ls="", marker="o", mfc="white", mec="0.3", mew=0.6, label="target not reached"))
+    handles.append(Patch(color=_style.NULL_BAND, label="null: Δ's own spectrum (95 %)"))
+    figure.legend(handles=handles, loc="outside lower center", ncols=4, frameon=False)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--results", type=Path, default=study.RESULTS)
+    figure = draw(study.load(parser.parse_args().results))
+    for kind in ("png", "pdf"):
+        figure.savefig(ROOT / "figures" / f"lora_vs_full.{kind}", format=kind)
+
+
+if __name__ == "__main__":
+    main()
