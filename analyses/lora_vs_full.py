@@ -90,7 +90,7 @@ class Tuning:
 
 # Mini trains a toy for a few steps and calls any accuracy reached: it tries the course of a sweep and finds nothing.
 MINI = Sweep(
-    full_rates=(1e-3, 1e-2), lora_rates=(1e-2, 3e-2), ranks=(1, 2), seeds=(0, 1), target=0.0, steps=2, items=10,
+    full_rates=(1e-3,), lora_rates=(1e-2, 3e-2), ranks=(1, 2), seeds=(0, 1), target=0.0, steps=2, items=10,
     null_draws=2,
 )  # fmt: skip
 SCALES = {"tiny": Sweep(), "mini": MINI}
@@ -174,7 +174,7 @@ def _measured(
     if found is not None:
         return found
     start = time.perf_counter()
-    record = {"asked": asked, "tuning": dataclasses.asdict(tuning), "method": tuning.method} | trained
+    record = trained | {"asked": asked, "tuning": dataclasses.asdict(tuning), "method": tuning.method}
     if "diverged" not in trained:
         out = work / "models" / tuning.name
         result = fl.find_intruders(
@@ -191,13 +191,15 @@ def _measured(
 def weights_of(result: Any) -> dict[str, Any]:
     """What is kept of an `Intruders` result; norms and ranks are over the matrices that were counted."""
     data = result.data
+    drawn = {side: data.null_max_cos.sel(null="spectrum", side=side).values for side in SIDES}  # (draw, matrix, rank)
     nulls = {null: [result.null(side=side, null=null) for side in SIDES] for null in ("spectrum", "evenly")}
     return {
         "count": [result.count(side=side) for side in SIDES],
         "undetermined": [result.undetermined(side=side) for side in SIDES],
         "counts": [result.grid(EPSILONS, KS, side=side).values.tolist() for side in SIDES],
         "null_counts": [
-            [[result.null(epsilon=epsilon, k=k, side=side).mean for k in KS] for epsilon in EPSILONS] for side in SIDES
+            [[float((drawn[side][..., :k] < epsilon).sum((1, 2)).mean()) for k in KS] for epsilon in EPSILONS]
+            for side in SIDES
         ],
         **{
             f"null_{part}": [[getattr(null, part) for null in each] for each in nulls.values()]
@@ -497,11 +499,14 @@ def _weighted_rho(x: np.ndarray, y: np.ndarray, weights: np.ndarray) -> np.ndarr
         return (weights * a * b).sum(1) / np.sqrt((weights * a**2).sum(1) * (weights * b**2).sum(1))
 
 
-def _rank_correlations(frame: "pd.DataFrame", x: str, y: str, z: str) -> tuple[float, float]:
-    """Spearman's ρ of z and y, and the partial one of x and y with z held fixed."""
-    (xy, xz), yz = frame[[x, y, z]].corr(method="spearman").to_numpy()[0, 1:], frame[y].corr(frame[z], "spearman")
+def _beside_size(frame: "pd.DataFrame", x: str, y: str) -> str:
+    """Spearman's ρ of ‖Δ‖/‖W0‖ with y, and the partial one of x with y, ‖Δ‖/‖W0‖ held fixed."""
+    ranks = frame[[x, y, "relative_norm"]].rank().corr().to_numpy()
+    (xy, xz), yz = ranks[0, 1:], ranks[1, 2]
     between = np.sqrt((1 - xz**2) * (1 - yz**2))
-    return float(yz), float((xy - xz * yz) / between) if between > 0 else np.nan
+    if not between > 0:
+        return ""
+    return f"; of ‖Δ‖/‖W0‖ ρ = {yz:.2f}; of the count given ‖Δ‖/‖W0‖ ρ = {(xy - xz * yz) / between:.2f}"
 
 
 def by_seed(frame: "pd.DataFrame", column: str, choice: str = "fastest") -> "pd.DataFrame":
@@ -619,8 +624,7 @@ def claims(data: "xr.Dataset") -> list[Claim]:
     for column, words in (("forgetting", "drop of accuracy"), ("loss_rise", "rise of loss")):
         for label, runs in sets.items():
             found = spearman(runs, "count", column)
-            size, partial = _rank_correlations(runs, "count", column, "relative_norm")
-            measured = f"{found.words()}; of ‖Δ‖/‖W0‖ ρ = {size:.2f}; of the count given ‖Δ‖/‖W0‖ ρ = {partial:.2f}"
+            measured = found.words() + _beside_size(runs, "count", column)
             rows.append(
                 Claim(
                     f"the count correlates with forgetting ({words}; paper .97, .59)", label, measured, positive(found)

@@ -35,20 +35,26 @@ def draw(data: "xr.Dataset") -> "Figure":
     ranks = sorted(frame["rank"].unique())
     looks = {rank: LORA[i - 1] if rank else FULL for i, rank in enumerate(ranks)}
     with _style.styled():
-        figure, axes = plt.subplots(2, 2, figsize=(_style.PAGE, 5.2), FigureClass=StyledFigure)
+        figure, axes = plt.subplots(2, 2, figsize=(_style.PAGE, 5.4), FigureClass=StyledFigure)
         _matched(axes[0, 0], frame, looks)
         _rates(axes[0, 1], frame, looks)
         _sizes(axes[1, 0], frame, looks)
         _forgetting(axes[1, 1], frame, looks)
-        for letter, ax in zip("abcd", axes.flat, strict=True):
-            ax.set_title(letter, loc="left", fontweight="bold")
+        titles = (
+            "target reached in fewest steps | at lowest rate",
+            "learning rate",
+            "size of the update",
+            "forgetting of the base tasks",
+        )
+        for letter, title, ax in zip("abcd", titles, axes.flat, strict=True):
+            ax.set_title(rf"$\bf{{{letter}}}$  {title}", loc="left")
         _legend(figure, looks)
     return figure
 
 
 def _matched(ax: "Axes", frame: "pd.DataFrame", looks: dict) -> None:
     """The chosen runs of each method beside what their nulls give."""
-    places = {choice: shift for choice, shift in zip(study.CHOICES, (-0.2, 0.2), strict=True)}
+    places = dict(zip(study.CHOICES, (-0.2, 0.2), strict=True))
     for i, (rank, (colour, marker)) in enumerate(looks.items()):
         for choice, shift in places.items():
             runs = frame[(frame["rank"] == rank) & frame[choice]]
@@ -62,14 +68,15 @@ def _matched(ax: "Axes", frame: "pd.DataFrame", looks: dict) -> None:
             jitter = np.linspace(-0.08, 0.08, len(runs)) if len(runs) > 1 else [0.0]
             ax.plot(i + shift + np.asarray(jitter), runs["count"], ls="", marker=marker, color=colour, mew=0)
             ax.annotate(
-                ", ".join(f"{rate:g}" for rate in sorted(runs["learning_rate"].unique(), reverse=True)),
-                (i + shift, 0), (0, -3), textcoords="offset points", rotation=90, ha="center", va="top", fontsize=6,
-                annotation_clip=False,
+                ", ".join(f"{rate:g}" for rate in sorted(runs["learning_rate"].unique())),
+                (i + shift, 0), (0, -3), xycoords=ax.get_xaxis_transform(), textcoords="offset points", rotation=90,
+                ha="center", va="top", fontsize=6,
             )  # fmt: skip
     ax.set_xticks(range(len(looks)), [f"r = {rank}" if rank else "full" for rank in looks])
-    ax.tick_params(axis="x", length=0, pad=30)
-    ax.set(ylabel="intruder dimensions", xlim=(-0.5, len(looks) - 0.5))
-    ax.set_ylim(bottom=0)
+    ax.tick_params(axis="x", length=0, pad=28)
+    ax.set_xlim(-0.5, len(looks) - 0.5)
+    shown = frame[frame[list(study.CHOICES)].any(axis=1)]
+    _counts(ax, "y", shown[["count", "null_high"]].max(axis=None))
 
 
 def _rates(ax: "Axes", frame: "pd.DataFrame", looks: dict) -> None:
@@ -77,25 +84,43 @@ def _rates(ax: "Axes", frame: "pd.DataFrame", looks: dict) -> None:
         means = frame[frame["rank"] == rank].groupby("learning_rate")["count"].mean()
         ax.plot(means.index, means, color=colour, lw=0.8)
     _runs(ax, frame, "learning_rate", "count", looks)
-    ax.set(xlabel="learning rate", ylabel="intruder dimensions", xscale="log")
+    ax.set(xlabel="learning rate", xscale="log")
+    _style.plain_logarithmic(ax.xaxis)
+    _counts(ax, "y", frame["count"].max())
 
 
 def _sizes(ax: "Axes", frame: "pd.DataFrame", looks: dict) -> None:
     _runs(ax, frame, "relative_norm", "count", looks)
-    ax.set(xlabel="size of the update, ‖Δ‖/‖W0‖", ylabel="intruder dimensions", xscale="log")
+    ax.set(xlabel="‖Δ‖/‖W0‖", xscale="log")
     _style.plain_logarithmic(ax.xaxis)
+    _counts(ax, "y", frame["count"].max())
 
 
 def _forgetting(ax: "Axes", frame: "pd.DataFrame", looks: dict) -> None:
     _runs(ax, frame, "count", "loss_rise", looks)
     matched = frame[frame["reached"]]
-    lines = ["Spearman's ρ, 95 % interval"]
+    lines = ["Spearman's ρ, matched runs (95 %)"]
     for label, runs in (("all", matched), ("LoRA", matched[matched["rank"] > 0])):
         found = study.spearman(runs, "count", "loss_rise")
-        lines.append(f"{label}: {found.value:.2f} [{found.low:.2f}, {found.high:.2f}]")
-    ax.text(0.98, 0.03, "\n".join(lines), transform=ax.transAxes, ha="right", va="bottom", fontsize=7)
-    ax.set(xlabel="intruder dimensions", ylabel="forgetting: rise of loss (nats a token)")
-    ax.set_ylim(bottom=0)
+        words = f"{found.value:.2f} [{found.low:.2f}, {found.high:.2f}]" if np.isfinite(found.value) else "undefined"
+        lines.append(f"{label}: {words}")
+    ax.text(0.03, 0.98, "\n".join(lines), transform=ax.transAxes, va="top", fontsize=7)
+    ax.set_ylabel("rise of loss (nats a token)")
+    if frame["loss_rise"].min() >= 0:
+        ax.set_ylim(bottom=0)
+    _counts(ax, "x", frame["count"].max())
+
+
+def _counts(ax: "Axes", name: str, most: float) -> None:
+    """Linear to 2, logarithmic above: runs without intruders and runs with a hundred on one axis."""
+    from matplotlib.ticker import FixedLocator, NullLocator
+
+    ax.set(**{f"{name}label": "intruder dimensions", f"{name}lim": (-0.3, 1.3 * np.nanmax([most, 2]))})
+    getattr(ax, f"set_{name}scale")("symlog", linthresh=2, linscale=0.5)
+    axis = getattr(ax, f"{name}axis")
+    axis.set_major_locator(FixedLocator([0, 1, 2, 5, 10, 20, 50, 100, 200, 500, 1000]))
+    axis.set_minor_locator(NullLocator())
+    axis.set_major_formatter("{x:g}")
 
 
 def _runs(ax: "Axes", frame: "pd.DataFrame", x: str, y: str, looks: dict) -> None:
