@@ -57,7 +57,7 @@ class Sweep:
     full_rates: tuple[float, ...] = (1e-4, 3e-4, 1e-3, 3e-3)
     lora_rates: tuple[float, ...] = (3e-4, 1e-3, 3e-3, 1e-2)
     ranks: tuple[int, ...] = (1, 4, 16, 64)
-    seeds: tuple[int, ...] = (0, 1, 2)
+    seeds: tuple[int, ...] = (0, 1, 2, 3)
     target: float = 0.95
     steps: int = 400
     items: int = 1000
@@ -449,64 +449,68 @@ def over_seeds(values: Sequence[float] | np.ndarray) -> Estimate:
 
 @dataclass(frozen=True)
 class Correlation(Estimate):
-    """Spearman's ρ over `n` runs in `cells` groups; `p_value` is of the groups' means, permuted."""
+    """Spearman's ρ over `n` runs; `p_value` is of the means of groups of runs, permuted (NaN for a partial ρ)."""
 
-    cells: int
     p_value: float
 
     def words(self, spec: str = ".2f", unit: str = "") -> str:
         if not np.isfinite(self.value):
             return f"undefined ({self.n} runs: too few, or all equal)"
-        return f"ρ = {super().words(spec, unit)}, p = {self.p_value:.2g} ({self.n} runs)"
+        p_value = f", p = {self.p_value:.2g}" if np.isfinite(self.p_value) else ""
+        return f"ρ = {super().words(spec, unit)}{p_value} ({self.n} runs)"
 
 
-def spearman(frame: "pd.DataFrame", x: str, y: str) -> Correlation:
-    """Spearman's ρ of two columns, a row a run; the runs of one method, rank and rate are one group.
+def spearman(frame: "pd.DataFrame", x: str, y: str, *, given: str | None = None) -> Correlation:
+    """Spearman's ρ of two columns, a row a run, or the partial one with a third column held fixed.
 
-    Interval: 95 % percentile bootstrap that resamples whole groups, since seeds of one group are near copies of each
-    other. p-value: two-sided permutation test of ρ between the group means.
+    The runs of one rank and rate are one group. Interval: 95 % percentile bootstrap that resamples whole groups, since
+    the seeds of one group are near copies of each other. p-value: two-sided permutation test of ρ between group means.
     """
     from scipy.stats import permutation_test, rankdata
 
     groups = frame.groupby(["rank", "learning_rate"])
     n, cells = len(frame), groups.ngroups
-    nothing = Correlation(np.nan, np.nan, np.nan, n, cells, np.nan)
+    nothing = Correlation(np.nan, np.nan, np.nan, n, np.nan)
     if cells < 4:
         return nothing
-    columns = frame[[x, y]].to_numpy(float).T
-    value = float(_weighted_rho(*columns, np.ones((1, n)))[0])
+    columns = frame[[x, y] if given is None else [x, y, given]].to_numpy(float).T
+    value = float(_weighted_rho(columns, np.ones((1, n)))[0])
     if not np.isfinite(value):
         return nothing
     times = np.random.default_rng(0).multinomial(cells, np.full(cells, 1 / cells), size=RESAMPLES)
-    low, high = np.nanquantile(_weighted_rho(*columns, times[:, groups.ngroup()].astype(float)), [0.025, 0.975])
-    a, b = rankdata(groups[[x, y]].mean().to_numpy(), axis=0).T
-    found = permutation_test(
-        (a,), lambda permuted, axis: np.tensordot(permuted - a.mean(), b - b.mean(), (axis, 0)), vectorized=True,
-        permutation_type="pairings", n_resamples=RESAMPLES - 1, rng=np.random.default_rng(0),
-    )  # fmt: skip
-    return Correlation(value, float(low), float(high), n, cells, float(found.pvalue))
+    low, high = np.nanquantile(_weighted_rho(columns, times[:, groups.ngroup()].astype(float)), [0.025, 0.975])
+    p_value = np.nan
+    if given is None:
+        a, b = rankdata(groups[[x, y]].mean().to_numpy(), axis=0).T
+        found = permutation_test(
+            (a,), lambda permuted, axis: np.tensordot(permuted - a.mean(), b - b.mean(), (axis, 0)), vectorized=True,
+            permutation_type="pairings", n_resamples=RESAMPLES - 1, rng=np.random.default_rng(0),
+        )  # fmt: skip
+        p_value = float(found.pvalue)
+    return Correlation(value, float(low), float(high), n, p_value)
 
 
-def _weighted_rho(x: np.ndarray, y: np.ndarray, weights: np.ndarray) -> np.ndarray:
-    """Spearman's ρ with every item taken as often as its weight says, (resample, item) → (resample,)."""
+def _weighted_rho(columns: np.ndarray, weights: np.ndarray) -> np.ndarray:
+    """Spearman's ρ of two columns, partial if there is a third, with every item taken as often as its weight says.
+
+    (column, item), (resample, item) → (resample,); NaN where a column is constant.
+    """
     centred = []
-    for values in (x, y):
+    for values in columns:
         below = (values[:, None] < values) + 0.5 * (values[:, None] == values)
         ranks = weights @ below  # of an item among the repeated ones, ties averaged
         centred.append(ranks - (weights * ranks).sum(1, keepdims=True) / weights.sum(1, keepdims=True))
-    a, b = centred
-    with np.errstate(invalid="ignore"):  # all equal: undefined
-        return (weights * a * b).sum(1) / np.sqrt((weights * a**2).sum(1) * (weights * b**2).sum(1))
 
+    def rho(a: int, b: int) -> np.ndarray:
+        products = ((weights * centred[i] * centred[j]).sum(1) for i, j in ((a, b), (a, a), (b, b)))
+        both, first, second = products
+        return both / np.sqrt(first * second)
 
-def _beside_size(frame: "pd.DataFrame", x: str, y: str) -> str:
-    """Spearman's ρ of ‖Δ‖/‖W0‖ with y, and the partial one of x with y, ‖Δ‖/‖W0‖ held fixed."""
-    ranks = frame[[x, y, "relative_norm"]].rank().corr().to_numpy()
-    (xy, xz), yz = ranks[0, 1:], ranks[1, 2]
-    between = np.sqrt((1 - xz**2) * (1 - yz**2))
-    if not between > 0:
-        return ""
-    return f"; of ‖Δ‖/‖W0‖ ρ = {yz:.2f}; of the count given ‖Δ‖/‖W0‖ ρ = {(xy - xz * yz) / between:.2f}"
+    with np.errstate(invalid="ignore", divide="ignore"):
+        if len(columns) == 2:
+            return rho(0, 1)
+        xz, yz = rho(0, 2), rho(1, 2)
+        return (rho(0, 1) - xz * yz) / np.sqrt((1 - xz**2) * (1 - yz**2))
 
 
 def by_seed(frame: "pd.DataFrame", column: str, choice: str = "fastest") -> "pd.DataFrame":
@@ -621,15 +625,18 @@ def claims(data: "xr.Dataset") -> list[Claim]:
     each(f"the count falls as the rank rises to {ranks[-1]}", falls)
 
     sets = {"all matched": matched, "matched, LoRA": matched[matched["rank"] > 0]}
-    for column, words in (("forgetting", "drop of accuracy"), ("loss_rise", "rise of loss")):
+    measures = {"forgetting": "drop of accuracy", "loss_rise": "rise of loss"}
+    for column, words in measures.items():
         for label, runs in sets.items():
-            found = spearman(runs, "count", column)
-            measured = found.words() + _beside_size(runs, "count", column)
-            rows.append(
-                Claim(
-                    f"the count correlates with forgetting ({words}; paper .97, .59)", label, measured, positive(found)
-                )
-            )
+            found, size = spearman(runs, "count", column), spearman(runs, "relative_norm", column)
+            claim = f"the count correlates with forgetting ({words}; paper .97, .59)"
+            measured = f"{found.words()}; of ‖Δ‖/‖W0‖ in its place ρ = {size.value:.2f}"
+            rows.append(Claim(claim, label, measured, positive(found)))
+    for column, words in measures.items():
+        for label, runs in sets.items():
+            found = spearman(runs, "count", column, given="relative_norm")
+            claim = f"(ours) the count correlates with forgetting ({words}) at given ‖Δ‖/‖W0‖"
+            rows.append(Claim(claim, label, f"partial {found.words()}", positive(found)))
     for label, runs in sets.items():
         found = spearman(runs, "count", "new_task_accuracy")
         rows.append(Claim("the count does not correlate with test accuracy", label, found.words(), negligible(found)))
@@ -641,7 +648,7 @@ def claims(data: "xr.Dataset") -> list[Claim]:
 
     each("updates of full fine-tuning have a larger effective rank than LoRA's", spread)
 
-    for column, words in (("forgetting", "drop of accuracy"), ("loss_rise", "rise of loss")):
+    for column, words in measures.items():
 
         def differ(choice: str, column: str = column) -> tuple[str, str]:
             found = over_seeds(lora(column, ranks, choice) - full(column, choice))
@@ -670,7 +677,9 @@ def report(data: "xr.Dataset") -> str:
         f"{settings['target']:g} on the new task within {settings['steps']} steps, and only those are compared. "
         f"Intruders: left singular vectors, ε = {record['epsilon']:g}, k = {record['k']}, {frame['vectors'].max():.0f} "
         "judged; null: random updates with Δ's own singular values. Drop of accuracy and rise of loss (nats a token): "
-        "means over the base tasks.",
+        "means over the base tasks. Rates tried: "
+        f"{', '.join(f'{rate:g}' for rate in settings['full_rates'])} (full), "
+        f"{', '.join(f'{rate:g}' for rate in settings['lora_rates'])} (LoRA).",
     ]
     for choice, words in CHOICES.items():
         lines += [
@@ -695,8 +704,8 @@ def report(data: "xr.Dataset") -> str:
     lines += [
         "",
         "Differences, shares and slopes: mean over seeds (paired by seed), Student's interval. Correlations: Spearman "
-        "over runs; the interval resamples the groups of equal method, rank and rate, the p-value permutes the means "
-        "of these groups. Rules: a direction holds where its interval lies on the claimed side of 0 (no: on the other "
+        "over runs; the interval resamples the groups of equal rank and rate, the p-value permutes the means of these "
+        "groups. Rules: a direction holds where its interval lies on the claimed side of 0 (no: on the other "
         f"side); *few* where the interval ends at {FEW:.0%} or less (no: begins above); *does not correlate* where it "
         f"lies inside ±{NEGLIGIBLE:g} (no: excludes 0); *differently* where it excludes 0; else open. Intervals are "
         "not adjusted for the number of claims, and hold for this base alone.",
