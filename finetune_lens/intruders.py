@@ -6,9 +6,15 @@ singular vectors x_i of W0; counted over j ≤ k in descending σ, summed over t
 same on Wᵀ. A count comes with two nulls: random updates of Δ's norm and rank with the energy spread evenly, and random
 updates with Δ's own singular values; verdicts cite the second.
 
-Cost a matrix, p = min(out, in): an eigendecomposition of order p (≈ 11·p³ flops) for the base, one for a tuned side
-that is stored whole, O(p²·r) for a LoRA update of rank r; one (4/3·p³) per null draw.
-Memory: some float64 copies of the largest matrix, whatever the model's size (benchmarks/memory.py counts them).
+Three routes give the same answers (`finetune_lens.linalg.routes`). Cost a matrix, p = min(out, in), q = max(out, in):
+
+- exact: a tridiagonalisation a side (2·p²q + (4/3)·p³ flops); two eigendecompositions (≈ 11·p³) where all vectors are
+  looked at;
+- cached: one eigendecomposition for a base and all that is compared with it, O(p²·r) for each LoRA update of rank r;
+- certified: some hundred products with either weight, O(100·p·q), and no decomposition;
+
+and a null draw (4/3)·p³. Memory: some float64 copies of the largest matrix, whatever the model's size
+(benchmarks/memory.py counts them).
 
 >>> import torch
 >>> from finetune_lens import ModelPair, find_intruders
@@ -37,6 +43,8 @@ if TYPE_CHECKING:
     from finetune_lens.stream import Row
 
 NULLS = ("evenly", "spectrum")
+WHOLE_UP_TO = 1024  # order of the matrices of which all vectors are looked at by default
+FIRST = 64  # and how many in larger ones
 
 
 @recorded
@@ -47,7 +55,7 @@ def find_intruders(
     k: int = 10,
     side: Literal["left", "right", "both"] = "left",
     ranks: int | None = None,
-    method: Literal["auto", "exact", "update"] = "auto",
+    method: Literal["auto", "exact", "cached", "certified"] = "auto",
     null_draws: int = 5,
     null_ranks: int = 50,
     gap: float = 0.01,
@@ -68,9 +76,12 @@ def find_intruders(
         epsilon, k: the threshold and the number of leading vectors that the summary judges by. The result answers for
             every other ε and k too.
         side: left (output space), right (input space), or both.
-        ranks: leading vectors of the tuned weights that are looked at (at least k); None for all of them.
-        method: "exact" decomposes both sides; "update" decomposes the base and reads a factored update (LoRA) off in
-            its coordinates; "auto" does that wherever the update is factored. The answers are the same.
+        ranks: leading vectors of the tuned weights that are looked at (at least k). None: all of them in matrices up to
+            order 1024, the first 64 (or k) in larger ones, the first k where they are certified.
+        method: "exact" decomposes both sides; "cached" decomposes the base once for all that is compared with it and
+            reads a factored update (LoRA) off in its coordinates; "certified" decomposes neither and proves each
+            verdict, for up to 64 vectors; "auto" takes "cached" where bases are kept, "certified" for matrices from
+            order 1024 on when no null is drawn, which needs all of the base's σ. The verdicts are the same.
         null_draws: random updates per null and matrix; 0 for none.
         null_ranks: leading vectors that the nulls cover (at least k).
         gap: relative σ window within which base vectors count as near-degenerate.
@@ -102,6 +113,10 @@ def find_intruders(
         raise InputError(f"method is one of {', '.join(linalg.METHODS)}; found {method!r}")
     if ranks is not None and ranks < k:
         raise InputError(f"ranks is at least k; found {ranks} and {k}")
+    if method == "certified" and max(k, ranks or k) > linalg.CERTIFIED_UP_TO:
+        raise InputError(
+            f"certified serves up to {linalg.CERTIFIED_UP_TO} vectors; found {max(k, ranks or k)}: choose method exact"
+        )
     if side not in ("left", "right", "both"):
         raise InputError(f"side is left, right or both; found {side!r}")
     sides = ("left", "right") if side == "both" else (side,)
@@ -118,7 +133,7 @@ def find_intruders(
     rows = each_matrix(
         pair,
         names,
-        lambda matrix: _measure(matrix, cache=bases, **options),
+        lambda matrix: _measure(matrix, store=bases, **options)[0],
         progress=progress,
         partial=partial,
         arguments=options | {"analysis": "intruders"},
@@ -133,66 +148,81 @@ def _measure(
     *,
     epsilon: float,
     k: int,
-    sides: tuple[str, ...],
+    sides: tuple["linalg.Side", ...],
     ranks: int | None,
-    method: str,
-    cache: "linalg.BasisCache | None" = None,
+    method: "linalg.Method",
+    store: "linalg.Store | None" = None,
     null_draws: int,
     null_ranks: int,
     gap: float,
     similarity_ranks: int,
     seed: int,
     device: "torch.device",
-) -> "Row":
-    """Everything the result keeps of one matrix."""
+) -> "tuple[Row, dict[linalg.Side, torch.Tensor]]":
+    """Everything the result keeps of one matrix, and by side the first k tuned vectors (none where nothing changed)."""
     import torch
 
     from finetune_lens import linalg
 
-    base = matrix.base.to(device, torch.float64)
-    p = min(base.shape)
-    ranks = p if ranks is None else min(ranks, p)
+    shape, p = tuple(matrix.base.shape), min(matrix.base.shape)
+    given = {"factored": matrix.update is not None, "method": method, "stored": store is not None}
+    route = linalg.choose(shape, ranks=min(ranks or k, p), values=null_draws > 0, **given)
+    if ranks is None:
+        ranks = k if route == "certified" else p if p <= WHOLE_UP_TO else max(k, FIRST)
+        if route != "certified":
+            route = linalg.choose(shape, ranks=min(ranks, p), values=null_draws > 0, **given)
+    ranks, judged = min(ranks, p), min(k, p)
     block = min(similarity_ranks, ranks)
+    spectrum = null_draws > 0 or route != "certified"  # of Δ
     if matrix.update is None:
-        update, tuned = None, matrix.tuned_dense(torch.float64, device)
-        same = torch.equal(base, tuned)
-        delta_values = base.new_zeros(p) if same else linalg.singular_values(tuned - base)
+        update = None
+        delta = matrix.delta(torch.float64, device)
+        delta_norm = linalg.energy(delta)
+        delta_values = linalg.singular_values(delta) if spectrum and delta_norm else delta.new_zeros(p)
+        del delta
     else:
-        tuned, low = None, matrix.update
+        low = matrix.update
         update = low.scale * low.left.to(device, torch.float64), low.right.to(device, torch.float64)
-        delta_values = linalg.low_rank_values(*update)
-    unchanged = not bool(delta_values.any())
+        delta_values, spectrum = linalg.low_rank_values(*update), True
+        delta_norm = linalg.energy(delta_values)
+    unchanged = delta_norm == 0
+    base = matrix.base.to(device)
     null_max_cos = np.zeros((2, null_draws, len(sides), min(null_ranks, p)), np.float32)
     if unchanged:  # the same basis on both sides by definition, however degenerate it is
         values = linalg.singular_values(base)
-        found = linalg.Comparison(values, values, {s: _unchanged(ranks, block) for s in sides}, "unchanged")
+        nobody = dict.fromkeys(sides, torch.zeros(ranks, dtype=torch.bool))
+        same = {s: _unchanged(ranks, block) for s in sides}
+        found = linalg.Comparison(values, values, same, "unchanged", nobody, {})
         null_max_cos += 1
     else:
         found = linalg.compare(
             base,
-            tuned,
+            None if matrix.tuned is None else matrix.tuned.to(device),
             update,
             ranks=ranks,
             sides=sides,
             gap=gap,
             block=block,
             epsilon=epsilon,
-            judged=k,
-            method=method,
-            cache=cache,
+            judged=judged,
+            route=route,
+            store=store,
             digest=matrix.digests[0],
         )
-    del tuned
     base_values, tuned_values = found.base_values, found.tuned_values[:ranks]
-    smallest = max(2 * matrix.unit_roundoff * float(base_values[0]), p * linalg.EPS * float(delta_values[0]))
-    delta_rank = int((delta_values > smallest).sum())
+    if null_draws and len(base_values) < p:
+        base_values = linalg.singular_values(base)
+    delta_rank = effective_rank = np.nan
+    if spectrum:
+        smallest = max(2 * matrix.unit_roundoff * float(base_values[0]), p * linalg.EPS * float(delta_values[0]))
+        delta_rank, effective_rank = int((delta_values > smallest).sum()), linalg.effective_rank(delta_values)
     if not unchanged and null_draws:
         kept = delta_values[: max(delta_rank, 1)]
-        even = torch.full_like(kept, linalg.energy(delta_values) / len(kept) ** 0.5)
+        even = torch.full_like(kept, delta_norm / len(kept) ** 0.5)
         for n, values in enumerate((even, kept)):
             for draw in range(null_draws):
                 cosines = linalg.null_max_cos(
-                    base_values, values, tuple(base.shape), k=null_max_cos.shape[-1], sides=sides,
+                    base_values, values, shape, k=null_max_cos.shape[-1], sides=sides,
                     generator=_generator(seed, matrix.name, NULLS[n], draw), device=device,
                 )  # fmt: skip
                 null_max_cos[n, draw] = np.stack([cosines[s].cpu().numpy() for s in sides])
@@ -201,20 +231,21 @@ def _measure(
         "sigma_base": base_values.cpu().numpy(),
         "gap_": linalg.relative_gaps(found.tuned_values)[:ranks].cpu().numpy(),
         "null_max_cos": null_max_cos,
-        "delta_norm": linalg.energy(delta_values),
-        "base_norm": linalg.energy(base_values),
+        "delta_norm": delta_norm,
+        "base_norm": linalg.energy(base.to(torch.float64)),
         "delta_rank": delta_rank,
-        "effective_rank": linalg.effective_rank(delta_values),
+        "effective_rank": effective_rank,
         "unchanged": unchanged,
         "route": found.route,
-        "out": base.shape[0],
-        "in": base.shape[1],
+        "out": shape[0],
+        "in": shape[1],
     }
     for field in ("max_cos", "lower", "upper", "subspace_cos", "similarity"):
         row[field] = np.stack([getattr(found.matches[s], field).cpu().numpy() for s in sides])
     row["similarity"] = row["similarity"].astype(np.float32)
     row["best_base_rank"] = np.stack([found.matches[s].best.cpu().numpy() + 1.0 for s in sides])
-    return row
+    row["certified"] = np.stack([found.certified[s].cpu().numpy().astype(np.float32) for s in sides])
+    return row, found.leading
 
 
 def _unchanged(p: int, block: int) -> Any:
@@ -240,7 +271,8 @@ def _assemble(rows: Any, options: dict[str, Any]) -> "Intruders":
 
     from finetune_lens.results.intruders import Intruders
 
-    per_vector = dict.fromkeys(("max_cos", "lower", "upper", "best_base_rank", "subspace_cos"), ("side", "rank"))
+    measured = ("max_cos", "lower", "upper", "best_base_rank", "subspace_cos", "certified")
+    per_vector = dict.fromkeys(measured, ("side", "rank"))
     scalars = ("delta_norm", "base_norm", "delta_rank", "effective_rank", "unchanged", "route", "out", "in")
     variables = rows.variables(
         **per_vector,
@@ -262,11 +294,18 @@ def _assemble(rows: Any, options: dict[str, Any]) -> "Intruders":
         "epsilon": options["epsilon"],
         "k": options["k"],
         "gap": options["gap"],
-        "ranks": options["ranks"] or 0,
+        "ranks": _reach(data),
         "null_ranks": options["null_ranks"],
         "provenance": rows.provenance(options["device"]),
     }
     return Intruders(data)
+
+
+def _reach(data: Any) -> int:
+    """Up to which rank every matrix was looked at, as far as it has vectors; 0 for all of them."""
+    looked = data.max_cos.notnull().any("side").sum("rank").values
+    there = np.minimum(data["out"].values, data["in"].values)
+    return int(min(looked[looked < there], default=0))
 
 
 def main() -> None:
@@ -282,9 +321,9 @@ def main() -> None:
         k: Annotated[int, typer.Option(help="Leading singular vectors judged in each matrix.")] = 10,
         side: Annotated[str, typer.Option(help="left, right or both.")] = "left",
         ranks: Annotated[
-            int | None, typer.Option(help="Vectors looked at.  [default: all]", show_default=False)
+            int | None, typer.Option(help="Vectors looked at.  [default: all up to order 1024]", show_default=False)
         ] = None,
-        method: Annotated[str, typer.Option(help="auto, exact, or update (factored updates only).")] = "auto",
+        method: Annotated[str, typer.Option(help="auto, exact, cached (base once) or certified (proofs).")] = "auto",
         null_draws: Annotated[int, typer.Option(help="Random updates per null and matrix; 0 for none.")] = 5,
         cache: Annotated[
             Path | None, typer.Option(help="Folder for decomposed bases, to reuse on other checkpoints.")

@@ -291,8 +291,8 @@ def test_factored_and_merged_update_agree():
     }  # fmt: skip
     weight = Matrix("m", 0, "up", base, None, LowRank(b, a, 0.5))
     whole = Matrix("m", 0, "up", base, base + 0.5 * b @ a)
-    merged = _measure(whole, method="exact", **options)
-    for factored in (_measure(weight, method=method, **options) for method in ("auto", "exact", "update")):
+    merged, _ = _measure(whole, method="exact", **options)
+    for factored, _ in (_measure(weight, method=method, **options) for method in ("auto", "exact", "cached")):
         assert factored["delta_rank"] == merged["delta_rank"] == 4
         for key in ("max_cos", "sigma", "subspace_cos", "delta_norm", "effective_rank", "null_max_cos", "similarity"):
             assert np.allclose(factored[key], merged[key], atol=1e-6), key
@@ -308,7 +308,7 @@ def test_the_update_route_agrees_with_two_naive_svds(case, rank, seed, side, top
     ranks = min(3, min(base.shape)) if top_only else min(base.shape)
     found = linalg.compare(
         torch.tensor(base), None, (torch.tensor(left), torch.tensor(right)), ranks=ranks, sides=(side,), gap=0.01,
-        block=3, epsilon=0.5, judged=ranks,
+        block=3, epsilon=0.5, judged=ranks, route="cached",
     )  # fmt: skip
     lower, upper = (getattr(found.matches[side], bound).numpy() for bound in ("lower", "upper"))
     assert np.all(lower <= naive.max_cos[:ranks] + 1e-9)
@@ -326,9 +326,10 @@ def test_the_update_route_iterates_at_size(shape, side):
     rng = np.random.default_rng(16)
     base = torch.tensor(rng.standard_normal(shape))
     update = torch.tensor(3 * rng.standard_normal((shape[0], 4))), torch.tensor(rng.standard_normal((4, shape[1])))
-    found = linalg.compare(base, None, update, ranks=10, sides=(side,), gap=0.01, block=5, epsilon=0.5, judged=10)
+    options = {"ranks": 10, "sides": (side,), "gap": 0.01, "block": 5, "epsilon": 0.5, "judged": 10}
+    found = linalg.compare(base, None, update, route="cached", **options)
     naive = Naive(base.numpy(), (base + update[0] @ update[1]).numpy(), side)
-    assert found.route == "update"
+    assert found.route == "cached"
     assert np.allclose(found.matches[side].max_cos.numpy(), naive.max_cos[:10], atol=1e-8)
     assert (found.matches[side].upper - found.matches[side].lower).max() < 1e-4
 
@@ -345,12 +346,12 @@ def test_a_cached_base_gives_the_same_and_is_decomposed_once(factored, tmp_path,
         tuned, update = (None, (left, right)) if factored else (base + left @ right, None)
         options = {"ranks": 10, "sides": ("left", "right"), "gap": 0.01, "block": 5, "epsilon": 0.5, "judged": 10}
         calls.clear()
-        fresh = linalg.compare(base, tuned, update, **options)
+        fresh = linalg.compare(base, tuned, update, route="cached", **options)
         alone = len(calls)
         cache = linalg.BasisCache(tmp_path / "bases", 10**9)
         calls.clear()
-        cached = linalg.compare(base, tuned, update, cache=cache, digest="w", **options)
-        assert len(calls) == alone - (seed > 0)
+        cached = linalg.compare(base, tuned, update, route="cached", store=cache, digest="w", **options)
+        assert len(calls) == alone + (not factored and seed == 0) - (factored and seed > 0)
         assert np.allclose(fresh.base_values, cached.base_values)
         for side in ("left", "right"):
             for bound in ("max_cos", "lower", "upper", "subspace_cos"):

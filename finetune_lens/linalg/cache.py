@@ -2,7 +2,7 @@
 
 import contextlib
 import hashlib
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
@@ -10,7 +10,8 @@ import torch
 from finetune_lens.files import whole_file
 from finetune_lens.linalg.exact import Basis
 
-FORMAT = "1"  # changes when what is stored, or how it is computed, changes
+DIGEST = 64  # characters of a SHA-256; what follows them names a side
+FORMAT = "2"  # changes when what is stored, or how it is computed, changes
 
 
 @dataclass(frozen=True)
@@ -34,7 +35,8 @@ class BasisCache:
 
         try:
             held = load_file(self._file(digest))
-            return Basis(held["vectors"], held["values"], held["error"], held["clusters"], int(held["rank"]))
+            tensors = (held[name] for name in ("vectors", "values", "error", "clusters"))
+            return Basis(*tensors, int(held["rank"]), complete=True)
         except (OSError, SafetensorError, KeyError):
             return None
 
@@ -57,3 +59,30 @@ class BasisCache:
             self.folder.mkdir(parents=True, exist_ok=True)
             with whole_file(self._file(digest)) as path:
                 save_file({name: t.cpu().contiguous() for name, t in tensors.items()}, path)
+
+
+@dataclass
+class Latest:
+    """The bases of the weight that was last asked for, in memory; of others from `behind`, if there is such a store."""
+
+    behind: BasisCache | None = None
+    _held: dict[str, Basis] = field(default_factory=dict)
+
+    def get(self, digest: str) -> Basis | None:
+        """The basis of the weight with this content, if it is there."""
+        if digest not in self._held:
+            self._held = {other: b for other, b in self._held.items() if other[:DIGEST] == digest[:DIGEST]}
+            found = None if self.behind is None else self.behind.get(digest)
+            if found is None:
+                return None
+            self._held[digest] = found
+        return self._held[digest]
+
+    def put(self, digest: str, basis: Basis) -> None:
+        """Keep a basis."""
+        self._held[digest] = basis
+        if self.behind is not None:
+            self.behind.put(digest, basis)
+
+
+Store = BasisCache | Latest  # where bases of base weights are kept, by the digest of the weight

@@ -8,14 +8,14 @@ a diagonal and a matrix of rank 2r. Its eigenvectors hold ⟨x_i, u_j⟩ for all
 needed. Once U is known, any number of updates of the same base costs O(p²·r) each.
 """
 
-from collections.abc import Callable
+from dataclasses import replace
 
-import numpy as np
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
 from finetune_lens.linalg.exact import EPS, EXTRA, TINY, Basis, Side, clusters_and_gaps, far_basis, near_side
+from finetune_lens.linalg.krylov import OVERSAMPLED, Apply, leading
 
 DENSE_BELOW = 400  # orders up to which forming H and decomposing it is faster than iterating
 
@@ -46,33 +46,26 @@ def update_in_base(
         base, left, right = base.T, right.T, left.T
     p = near.vectors.shape[1]
     d = near.values
-    x = near.vectors.T @ left
-    z = near.vectors.T @ (base @ right.T)
+    x = (left.T.contiguous() @ near.vectors).T
+    z = ((right.contiguous() @ base.to(torch.float64).T) @ near.vectors).T
     gram = right @ right.T
     size = float(d[0]) + float(torch.linalg.matrix_norm(left, 2) * torch.linalg.matrix_norm(right, 2))
     noise = torch.tensor(4 * max(base.shape) * EPS * size**2, dtype=torch.float64, device=d.device)
 
-    def apply(q: Tensor) -> Tensor:
-        xq = x.T @ q
-        return d.square()[:, None] * q + z @ xq + x @ (z.T @ q + gram @ xq)
+    def apply(q: Float[Tensor, "b p"]) -> Float[Tensor, "b p"]:
+        qx = q @ x
+        return q * d.square() + qx @ z.T + (q @ z + qx @ gram) @ x.T
 
-    wanted = min(p, k + EXTRA)
-    found = None
-    if p > DENSE_BELOW and wanted < p // 2:
-        found = _iterate(apply, p, wanted, d.device)
-        if found is not None and not _complete(d.square(), x, z, gram, found[0], noise):
-            found = None
-    if found is None:
-        squares, vectors = torch.linalg.eigh(apply(torch.eye(p, dtype=torch.float64, device=d.device)))
-        found = squares.flip(0)[:wanted], vectors.flip(1)[:, :wanted]
-    squares, vectors = found
-    residual = torch.linalg.vector_norm(apply(vectors) - vectors * squares, dim=0)
-    squares = squares.clamp_min(0)
-    rank = int((squares > noise).sum())
-    slack = residual.max() + noise
-    clusters, gaps = clusters_and_gaps(squares, slack, rank, whole=wanted == p)
-    error = (2 * (residual + noise) / gaps.clamp_min(TINY)).clamp_max(1)
-    basis = Basis(vectors.new_empty(0, wanted), squares.sqrt(), error, clusters, rank)
+    basis = None
+    if p > DENSE_BELOW and 4 * k < p:
+        start = torch.randn(k + OVERSAMPLED, p, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+        basis = leading(apply, start.to(d.device), k, 0.0, noise_at_least=float(noise))
+        if basis is not None and not _complete(d.square(), x, z, gram, basis.values.square(), noise):
+            basis = None
+    if basis is None:
+        basis = _dense(apply, p, min(p, k + EXTRA), noise, d.device)
+    vectors = basis.vectors
+    basis = replace(basis, vectors=vectors[:0])
     placed: dict[Side, tuple[Basis, Tensor]] = {}
     if side in sides:
         placed[side] = basis, vectors
@@ -80,24 +73,21 @@ def update_in_base(
         far = d[:, None] * vectors + (z @ (x.T @ vectors)) / d.clamp_min(TINY)[:, None]
         far[near.rank :] = 0
         far /= basis.values.clamp_min(TINY)
-        placed["right" if side == "left" else "left"] = far_basis(basis, noise, basis.vectors), far
+        square = base.shape[0] == base.shape[1]
+        placed["right" if side == "left" else "left"] = far_basis(basis, noise, basis.vectors, square=square), far
     return basis.values, placed
 
 
-def _iterate(apply: Callable[[Tensor], Tensor], p: int, k: int, device: torch.device) -> tuple[Tensor, Tensor] | None:
-    """The k largest eigenpairs by implicitly restarted Lanczos; None where it does not converge."""
-    from scipy.sparse.linalg import ArpackNoConvergence, LinearOperator, eigsh
-
-    def matvec(v: np.ndarray) -> np.ndarray:
-        return apply(torch.from_numpy(v.reshape(-1, 1)).to(device)).cpu().numpy()[:, 0]
-
-    start = torch.randn(p, dtype=torch.float64, generator=torch.Generator().manual_seed(0)).numpy()
-    operator = LinearOperator((p, p), matvec=matvec, dtype=start.dtype)
-    try:
-        squares, vectors = eigsh(operator, k=k, which="LA", v0=start, ncv=min(p - 1, max(3 * k, 60)), tol=1e-14)
-    except ArpackNoConvergence:
-        return None
-    return torch.from_numpy(squares[::-1].copy()).to(device), torch.from_numpy(vectors[:, ::-1].copy()).to(device)
+def _dense(apply: Apply, p: int, wanted: int, noise: Tensor, device: torch.device) -> Basis:
+    """The `wanted` leading eigenpairs from all of them."""
+    squares, vectors = torch.linalg.eigh(apply(torch.eye(p, dtype=torch.float64, device=device)))
+    squares, vectors = squares.flip(0)[:wanted], vectors.flip(1)[:, :wanted]
+    residual = torch.linalg.vector_norm(apply(vectors.T) - (vectors * squares).T, dim=1)
+    squares = squares.clamp_min(0)
+    rank = int((squares > noise).sum())
+    clusters, gaps = clusters_and_gaps(squares, residual.max() + noise, rank, whole=wanted == p)
+    error = (2 * (residual + noise) / gaps.clamp_min(TINY)).clamp_max(1)
+    return Basis(vectors, squares.sqrt(), error, clusters, rank)
 
 
 def _complete(

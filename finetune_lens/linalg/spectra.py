@@ -46,10 +46,14 @@ def effective_rank(values: Float[Tensor, " p"]) -> float:
     return float(torch.special.entr(share).sum().exp())
 
 
-def energy(values: Float[Tensor, " p"]) -> float:
-    """√Σσ², the Frobenius norm, without overflow on the way."""
-    largest = float(values.abs().max()) if len(values) else 0.0
-    return largest * float(torch.linalg.vector_norm(values / largest)) if largest else 0.0
+def energy(values: Float[Tensor, "*shape"]) -> float:
+    """√Σx², the Frobenius norm of a matrix or of its singular values, without overflow on the way."""
+    if values.numel() == 0 or not values.any():
+        return 0.0
+    largest = float(torch.maximum(values.amax(), -values.amin()))
+    if 1e-100 < largest < 1e100:
+        return float(torch.linalg.vector_norm(values))
+    return largest * float(torch.linalg.vector_norm(values / largest))
 
 
 def haar(rows: int, columns: int, *, generator: torch.Generator) -> Float[Tensor, "rows columns"]:

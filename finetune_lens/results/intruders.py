@@ -65,6 +65,9 @@ class Intruders(Result):
 
     - max_cos, best_base_rank, subspace_cos (side, matrix, rank): max_i |⟨u_j, x_i⟩|, its i, and the cosine with the
       span of base vectors of about the same σ; lower, upper: the interval the true maximum lies in;
+    - certified (side, matrix, rank): 1 where a proof settled the vector, 0 where the matrix' `route` did ("gram" and
+      "svd" exact, "cached"). A proof tells on which side of the run's ε the maximum lies, and max_cos is then the
+      largest cosine found, at a base vector that the proof came upon;
     - sigma, gap (matrix, rank), sigma_base (matrix, base_rank): singular values, relative gap to the nearest neighbour;
     - null_max_cos (null, draw, side, matrix, null_rank): the same maximum for a random update;
     - similarity (side, matrix, similarity_rank, similarity_base_rank): leading block of |⟨u_j, x_i⟩|;
@@ -195,7 +198,7 @@ class Intruders(Result):
                     "null_low": null.low if null else np.nan,
                     "null_high": null.high if null else np.nan,
                     "p_value": null.p_value if null else np.nan,
-                    "effective_rank": float(np.median(self.data.effective_rank.values[chosen])),
+                    "effective_rank": float(self.data.effective_rank[chosen].median()),
                 }
             )
         return pd.DataFrame(rows)
@@ -210,6 +213,12 @@ class Intruders(Result):
         verdict = self.verdict().isel(rank=slice(data.sizes["rank"])).rename("verdict")
         verdict = verdict.to_dataframe(dim_order=["matrix", "side", "rank"])["verdict"].to_numpy()
         frame["verdict"] = [VERDICTS.get(v, "") for v in verdict]
+        settled = data.certified.to_dataframe(dim_order=["matrix", "side", "rank"])["certified"].to_numpy()
+        routes = np.repeat(data.route.values, data.sizes["side"] * data.sizes["rank"])
+        frame["route"] = np.where(settled == 1, "certified", routes)
+        frame["margin"] = np.select(
+            [verdict == 1, verdict == 0], [self.epsilon - frame["upper"], frame["lower"] - self.epsilon], 0
+        )
         frame["near_degenerate"] = frame["gap"] < float(self.data.attrs["gap"])
         frame = frame[verdict != -2]
         frame["best_base_rank"] = frame["best_base_rank"].astype(int)
@@ -268,7 +277,12 @@ class Intruders(Result):
             )
         if unchanged:
             lines.append(f"{unchanged} of {n} matrices are identical in base and tuned model and count 0")
-        lines.append(f"median effective rank of the update: {float(data.effective_rank.median()):.1f}")
+        rank = float(data.effective_rank.median())
+        known = "not computed (it needs all singular values of the update)" if np.isnan(rank) else f"{rank:.1f}"
+        lines.append(f"median effective rank of the update: {known}")
+        proved = int((data.certified.isel(rank=slice(k)) == 1).sum())
+        if proved:
+            lines.append(f"{proved} of these verdicts are proofs, made without decomposing the base")
         excluded = self.provenance.get("excluded", {})
         lines += [f"excluded: {name} ({why})" for name, why in excluded.items()]
         return "\n".join(lines)
