@@ -663,7 +663,7 @@ def claims(data: "xr.Dataset") -> list[Claim]:
 def report(data: "xr.Dataset") -> str:
     """How the runs were matched, the chosen runs, and the table of claims, as Markdown."""
     frame, record = runs_of(data), json.loads(data.attrs["provenance"])
-    settings = record["settings"]
+    settings, accuracy = record["settings"], frame[frame["reached"]]["new_task_accuracy"]
     columns = {
         "learning_rate": ("rate", "g"), "steps": ("steps", ".0f"), "new_task_accuracy": ("new task", ".3f"),
         "relative_norm": ("‖Δ‖/‖W0‖", ".3f"), "effective_rank": ("effective rank", ".1f"),
@@ -677,7 +677,8 @@ def report(data: "xr.Dataset") -> str:
         f"{settings['target']:g} on the new task within {settings['steps']} steps, and only those are compared. "
         f"Intruders: left singular vectors, ε = {record['epsilon']:g}, k = {record['k']}, {frame['vectors'].max():.0f} "
         "judged; null: random updates with Δ's own singular values. Drop of accuracy and rise of loss (nats a token): "
-        "means over the base tasks. Rates tried: "
+        f"means over the base tasks. Test accuracy of the compared runs: {accuracy.min():.3f} to {accuracy.max():.3f}, "
+        "since all stopped at the target. Rates tried: "
         f"{', '.join(f'{rate:g}' for rate in settings['full_rates'])} (full), "
         f"{', '.join(f'{rate:g}' for rate in settings['lora_rates'])} (LoRA).",
     ]
