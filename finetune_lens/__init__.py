@@ -12,13 +12,26 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 __version__ = "0.1.0"
-__all__ = ["InputError", "ModelPair", "find_intruders", "load", "measure_updates", "plots", "results", "zoo"]
+__all__ = [
+    "InputError",
+    "ModelPair",
+    "ModelSeries",
+    "find_intruders",
+    "load",
+    "measure_updates",
+    "plots",
+    "results",
+    "trace_intruders",
+    "zoo",
+]
 
 # Public name → the module it lives in; a module's own name stands for itself.
 _WHERE = {
     "InputError": "errors",
     "ModelPair": "pair",
+    "ModelSeries": "pair",
     "find_intruders": "intruders",
+    "trace_intruders": "intruders",
     "measure_updates": "updates",
     "load": "results",
     "plots": "plots",
@@ -29,8 +42,8 @@ _WHERE = {
 if TYPE_CHECKING:  # for editors
     from finetune_lens import plots, results, zoo
     from finetune_lens.errors import InputError
-    from finetune_lens.intruders import find_intruders
-    from finetune_lens.pair import ModelPair
+    from finetune_lens.intruders import find_intruders, trace_intruders
+    from finetune_lens.pair import ModelPair, ModelSeries
     from finetune_lens.results import load
     from finetune_lens.updates import measure_updates
 

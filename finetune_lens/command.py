@@ -28,6 +28,9 @@ Base = Annotated[
     str, typer.Argument(metavar="BASE", help="Base model: file, folder, or cached hub id (NAME@REVISION).")
 ]
 Tuned = Annotated[str, typer.Argument(metavar="TUNED", help="Tuned model: the same, or a PEFT adapter folder.")]
+TunedOrSeveral = Annotated[
+    list[str], typer.Argument(metavar="TUNED...", help="Tuned model, or several checkpoints of one run.")
+]
 Fused = Annotated[bool, typer.Option("--fused", help="Keep fused q/k/v and gate/up in one piece.")]
 Orientation = Annotated[
     str, typer.Option(help="GPT-2-style weights: auto (from the shapes), conv1d (in, out), linear (out, in).")
@@ -201,7 +204,7 @@ class OutputFolder:
 def analyse_weights(
     name: str,
     base: str,
-    tuned: str,
+    tuned: str | list[str],
     analysis: Callable[..., "Result"],
     common: Common,
     *,
@@ -213,9 +216,10 @@ def analyse_weights(
     """The course of every command that compares the weights of two checkpoints: load, analyse, save, draw, tell."""
     folder = OutputFolder(common.out, name, force=common.force)
 
-    from finetune_lens.pair import ModelPair
+    from finetune_lens.pair import ModelPair, ModelSeries
 
-    pair = ModelPair.load(base, tuned, online=common.online, fused=fused, orientation=orientation)
+    kind = ModelSeries if isinstance(tuned, list) else ModelPair
+    pair = kind.load(base, tuned, online=common.online, fused=fused, orientation=orientation)
     common.say(pair.alignment.summary())
     folder.check()
     result = analysis(

@@ -33,14 +33,17 @@ import numpy as np
 
 from finetune_lens.errors import InputError
 from finetune_lens.results.provenance import recorded
+from finetune_lens.stream import padded
 
 if TYPE_CHECKING:
     import torch
+    import xarray as xr
 
     from finetune_lens import linalg
-    from finetune_lens.pair import Matrix, ModelPair
+    from finetune_lens.pair import Matrix, ModelPair, ModelSeries, Variants
     from finetune_lens.results.intruders import Intruders
-    from finetune_lens.stream import Row
+    from finetune_lens.results.trajectory import Trajectory
+    from finetune_lens.stream import Row, Rows
 
 NULLS = ("evenly", "spectrum")
 WHOLE_UP_TO = 1024  # order of the matrices of which all vectors are looked at by default
@@ -98,17 +101,79 @@ def find_intruders(
     Raises:
         InputError: an option out of range, or no matrix to compare.
     """
-    from finetune_lens import device as devices
+    from finetune_lens.stream import each_matrix
+
+    names, store, options = _prepared(pair, locals())
+    rows = each_matrix(
+        pair,
+        names,
+        lambda matrix: _measure(matrix, store=store, **options)[0],
+        progress=progress,
+        partial=partial,
+        arguments=options | {"analysis": "intruders"},
+    )
+    return _assemble(rows, options)
+
+
+@recorded
+def trace_intruders(
+    series: "ModelSeries",
+    *,
+    epsilon: float = 0.5,
+    k: int = 10,
+    side: Literal["left", "right", "both"] = "left",
+    ranks: int | None = None,
+    method: Literal["auto", "exact", "cached", "certified"] = "auto",
+    null_draws: int = 5,
+    null_ranks: int = 50,
+    gap: float = 0.01,
+    similarity_ranks: int = 50,
+    embeddings: bool = False,
+    cache: Path | None = None,
+    cache_gb: float = 20.0,
+    limit: int | None = None,
+    seed: int = 0,
+    device: str = "auto",
+    progress: bool = True,
+    partial: Path | None = None,
+) -> "Trajectory":
+    """Count intruder dimensions in several checkpoints of one base, and follow each from one to the next.
+
+    The base is decomposed once a matrix, whatever the number of checkpoints. Arguments as for `find_intruders`.
+
+    Raises:
+        InputError: an option out of range, or no matrix to compare.
+    """
     from finetune_lens import linalg
     from finetune_lens.stream import each_matrix
 
-    if not 0 < epsilon <= 1:
-        raise InputError(f"epsilon is a cosine in (0, 1]; found {epsilon}")
-    least = {"k": (k, 1), "null_draws": (null_draws, 0), "null_ranks": (null_ranks, 1), "gap": (gap, 0),
-             "similarity_ranks": (similarity_ranks, 1), "limit": (1 if limit is None else limit, 1)}  # fmt: skip
-    for name, (value, smallest) in least.items():
-        if not value >= smallest:  # NaN included
-            raise InputError(f"{name} is at least {smallest}; found {value}")
+    names, store, options = _prepared(series, locals())
+    latest = linalg.Latest(store)
+    rows = each_matrix(
+        series,
+        names,
+        lambda variants: _trace(variants, store=latest, **options),
+        progress=progress,
+        partial=partial,
+        arguments=options | {"analysis": "trajectory"},
+    )
+    return _assemble_trajectory(rows, options, series.steps)
+
+
+def _prepared(
+    subject: "ModelPair | ModelSeries", given: dict[str, Any]
+) -> "tuple[list[str], linalg.BasisCache | None, dict[str, Any]]":
+    """Names of the matrices, the store of bases, and the checked options of the measurement."""
+    from finetune_lens import device as devices
+    from finetune_lens import linalg
+
+    k, ranks, method, side = given["k"], given["ranks"], given["method"], given["side"]
+    if not 0 < given["epsilon"] <= 1:
+        raise InputError(f"epsilon is a cosine in (0, 1]; found {given['epsilon']}")
+    least = {"k": 1, "null_draws": 0, "null_ranks": 1, "gap": 0, "similarity_ranks": 1, "limit": 1, "cache_gb": 0}
+    for name, smallest in least.items():
+        if given[name] is not None and not given[name] >= smallest:  # NaN included
+            raise InputError(f"{name} is at least {smallest}; found {given[name]}")
     if method not in linalg.METHODS:
         raise InputError(f"method is one of {', '.join(linalg.METHODS)}; found {method!r}")
     if ranks is not None and ranks < k:
@@ -119,28 +184,21 @@ def find_intruders(
         )
     if side not in ("left", "right", "both"):
         raise InputError(f"side is left, right or both; found {side!r}")
-    sides = ("left", "right") if side == "both" else (side,)
-    names = pair.names(embeddings=embeddings)[:limit]
+    names = subject.names(embeddings=given["embeddings"])[: given["limit"]]
     if not names:
         raise InputError("no matrix to compare: the checkpoints share vectors only, or embeddings alone")
-    where = devices.choose(device)
-    null_ranks = max(k, null_ranks)
-    bases = None if cache is None else linalg.BasisCache(cache, int(cache_gb * 1e9))
-    options = {
-        "epsilon": epsilon, "k": k, "sides": sides, "ranks": ranks, "method": method, "null_draws": null_draws,
-        "null_ranks": null_ranks, "gap": gap, "similarity_ranks": similarity_ranks, "seed": seed, "device": where,
-    }  # fmt: skip
-    rows = each_matrix(
-        pair,
+    store = None if given["cache"] is None else linalg.BasisCache(Path(given["cache"]), int(given["cache_gb"] * 1e9))
+    kept = ("epsilon", "k", "ranks", "method", "null_draws", "gap", "similarity_ranks", "seed")
+    return (
         names,
-        lambda matrix: _measure(matrix, store=bases, **options)[0],
-        progress=progress,
-        partial=partial,
-        arguments=options | {"analysis": "intruders"},
+        store,
+        {name: given[name] for name in kept}
+        | {
+            "sides": ("left", "right") if side == "both" else (side,),
+            "null_ranks": max(k, given["null_ranks"]),
+            "device": devices.choose(given["device"]),
+        },
     )
-    if not rows.rows:
-        raise InputError(f"no matrix is finite on both sides: {rows.excluded}")
-    return _assemble(rows, options)
 
 
 def _measure(
@@ -158,6 +216,7 @@ def _measure(
     similarity_ranks: int,
     seed: int,
     device: "torch.device",
+    digest: str | None = None,
 ) -> "tuple[Row, dict[linalg.Side, torch.Tensor]]":
     """Everything the result keeps of one matrix, and by side the first k tuned vectors (none where nothing changed)."""
     import torch
@@ -207,7 +266,7 @@ def _measure(
             judged=judged,
             route=route,
             store=store,
-            digest=matrix.digests[0],
+            digest="" if store is None else digest or matrix.base_digest,
         )
     base_values, tuned_values = found.base_values, found.tuned_values[:ranks]
     if null_draws and len(base_values) < p:
@@ -248,6 +307,25 @@ def _measure(
     return row, found.leading
 
 
+def _trace(variants: "Variants", *, store: "linalg.Latest", **options: Any) -> "Row":
+    """The rows of all checkpoints along a first axis, and how the top k vectors of each lie among those of the next."""
+    digest = variants.each[0].base_digest
+    measured = [_measure(matrix, store=store, digest=digest, **options) for matrix in variants.each]
+    rows = [row for row, _ in measured]
+    merged: Row = {key: rows[0][key] for key in ("out", "in")}
+    for key in rows[0].keys() - merged.keys():
+        merged[key] = padded([row[key] for row in rows])
+    p, sides = min(variants.each[0].base.shape), options["sides"]
+    k = min(options["k"], p)
+    link = np.full((len(rows), len(sides), k, k), np.nan, np.float32)
+    for t in range(len(rows) - 1):
+        (_, here), (_, there) = measured[t : t + 2]
+        for s, name in enumerate(sides):
+            if name in here and name in there:
+                link[t, s] = (here[name].T @ there[name]).abs().cpu().numpy()
+    return merged | {"link": link}
+
+
 def _unchanged(p: int, block: int) -> Any:
     """The match of a basis with itself."""
     import torch
@@ -266,24 +344,41 @@ def _generator(seed: int, *words: object) -> "torch.Generator":
     return torch.Generator().manual_seed(int.from_bytes(digest[:8], "big") >> 1)
 
 
-def _assemble(rows: Any, options: dict[str, Any]) -> "Intruders":
-    import xarray as xr
-
+def _assemble(rows: "Rows", options: dict[str, Any]) -> "Intruders":
     from finetune_lens.results.intruders import Intruders
 
+    return Intruders(_dataset(rows, options))
+
+
+def _assemble_trajectory(rows: "Rows", options: dict[str, Any], steps: list[int]) -> "Trajectory":
+    from finetune_lens.results.trajectory import Trajectory
+
+    data = _dataset(rows, options, "step").assign_coords(step=steps)
+    return Trajectory(data.transpose("step", "null", "draw", "side", "matrix", ..., missing_dims="ignore"))
+
+
+def _dataset(rows: "Rows", options: dict[str, Any], *before: str) -> "xr.Dataset":
+    """The measured rows as a dataset; `before` names axes that precede the others of a variable."""
+    import xarray as xr
+
+    if not rows.rows:
+        raise InputError(f"no matrix is finite on both sides: {rows.excluded}")
     measured = ("max_cos", "lower", "upper", "best_base_rank", "subspace_cos", "certified")
-    per_vector = dict.fromkeys(measured, ("side", "rank"))
-    scalars = ("delta_norm", "base_norm", "delta_rank", "effective_rank", "unchanged", "route", "out", "in")
+    per_vector = dict.fromkeys(measured, (*before, "side", "rank"))
+    scalars = ("delta_norm", "base_norm", "delta_rank", "effective_rank", "unchanged", "route")
     variables = rows.variables(
         **per_vector,
-        sigma=("rank",),
-        sigma_base=("base_rank",),
-        gap_=("rank",),
-        similarity=("side", "similarity_rank", "similarity_base_rank"),
-        **dict.fromkeys(scalars, ()),
+        sigma=(*before, "rank"),
+        sigma_base=(*before, "base_rank"),
+        gap_=(*before, "rank"),
+        similarity=(*before, "side", "similarity_rank", "similarity_base_rank"),
+        **dict.fromkeys(scalars, before),
+        **dict.fromkeys(("out", "in"), ()),
     )
     if options["null_draws"]:
-        variables |= rows.variables(null_max_cos=("null", "draw", "side", "null_rank"))
+        variables |= rows.variables(null_max_cos=(*before, "null", "draw", "side", "null_rank"))
+    if before:
+        variables |= rows.variables(link=(*before, "side", "link_rank", "link_next_rank"))
     data = xr.Dataset(variables).rename(gap_="gap")
     ranks = {d: np.arange(1, data.sizes[d] + 1) for d in data.dims if str(d).endswith("rank")}
     labels = {"null": list(NULLS)} if options["null_draws"] else {}
@@ -298,24 +393,33 @@ def _assemble(rows: Any, options: dict[str, Any]) -> "Intruders":
         "null_ranks": options["null_ranks"],
         "provenance": rows.provenance(options["device"]),
     }
-    return Intruders(data)
+    return data
 
 
 def _reach(data: Any) -> int:
     """Up to which rank every matrix was looked at, as far as it has vectors; 0 for all of them."""
-    looked = data.max_cos.notnull().any("side").sum("rank").values
-    there = np.minimum(data["out"].values, data["in"].values)
-    return int(min(looked[looked < there], default=0))
+    looked = data.max_cos.notnull().any("side").sum("rank")
+    there = np.minimum(data["out"], data["in"])
+    return int(looked.where(looked < there).min().fillna(0))
 
 
 def main() -> None:
     import typer
 
-    from finetune_lens.command import AllowNonfinite, Base, Common, Fused, Orientation, Tuned, analyse_weights, run
+    from finetune_lens.command import (
+        AllowNonfinite,
+        Base,
+        Common,
+        Fused,
+        Orientation,
+        TunedOrSeveral,
+        analyse_weights,
+        run,
+    )
 
     def intruders(
         base: Base,
-        tuned: Tuned,
+        tuned: TunedOrSeveral,
         *,
         epsilon: Annotated[float, typer.Option(help="Threshold on max |cos|.")] = 0.5,
         k: Annotated[int, typer.Option(help="Leading singular vectors judged in each matrix.")] = 10,
@@ -335,9 +439,14 @@ def main() -> None:
         allow_nonfinite: AllowNonfinite = False,
         common: Common,
     ) -> None:
-        """Intruder dimensions: leading singular vectors of the tuned weights that the base does not have."""
+        """Intruder dimensions: leading singular vectors of the tuned weights that the base does not have.
+
+        Several TUNED are checkpoints of one run: each intruder is followed from one to the next.
+        """
+        several = len(tuned) > 1
         analyse_weights(
-            "intruders", base, tuned, find_intruders, common,
+            "trajectory" if several else "intruders", base, tuned if several else tuned[0],
+            trace_intruders if several else find_intruders, common,
             fused=fused, orientation=orientation, allow_nonfinite=allow_nonfinite, seed=common.seed,
             epsilon=epsilon, k=k, side=side, ranks=ranks, method=method, null_draws=null_draws, embeddings=embeddings,
             cache=cache, cache_gb=cache_gb,

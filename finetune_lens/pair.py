@@ -3,8 +3,10 @@
 import difflib
 import functools
 import hashlib
-from collections.abc import Callable, Iterator
+import re
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
+from pathlib import PurePath
 from typing import TYPE_CHECKING, Any
 
 from finetune_lens.errors import InputError
@@ -40,12 +42,26 @@ class Matrix:
         return "; ".join(f"{side}: {count} NaN or Inf entries" for side, count in bad.items() if count)
 
     @functools.cached_property
-    def digests(self) -> tuple[str, str]:
-        """SHA-256 of the bytes of either side, as stored, in the (out, in) order."""
-        base = _digest(self.base)
+    def base_digest(self) -> str:
+        """SHA-256 of the base's bytes, as stored, in the (out, in) order."""
+        return _digest(self.base)
+
+    @functools.cached_property
+    def tuned_digest(self) -> str:
+        """The same of the tuned side, or of its factors."""
         if self.update is None:
-            return base, _digest(self.tuned)
-        return base, _digest(self.update.left, self.update.right, extra=repr(self.update.scale))
+            return _digest(self.tuned)
+        return _digest(self.update.left, self.update.right, extra=repr(self.update.scale))
+
+    @property
+    def digests(self) -> tuple[str, str]:
+        """Both."""
+        return self.base_digest, self.tuned_digest
+
+    @property
+    def order(self) -> int:
+        """The shorter dimension."""
+        return min(self.base.shape, default=0)
 
     @property
     def unit_roundoff(self) -> float:
@@ -80,6 +96,40 @@ def _digest(*tensors: "torch.Tensor", extra: str = "") -> str:
     for tensor in tensors:
         state.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
     return state.hexdigest()
+
+
+@dataclass(frozen=True)
+class Variants:
+    """One weight of a base and what it became in each of several checkpoints."""
+
+    each: tuple[Matrix, ...]
+
+    @property
+    def name(self) -> str:
+        return self.each[0].name
+
+    @property
+    def layer(self) -> int | None:
+        return self.each[0].layer
+
+    @property
+    def component(self) -> str:
+        return self.each[0].component
+
+    @property
+    def order(self) -> int:
+        """The shorter dimension."""
+        return self.each[0].order
+
+    def problem(self) -> str:
+        """What keeps this weight from being analysed: NaN or Inf in the base or in a checkpoint."""
+        found = [matrix.problem() for matrix in self.each]
+        return next((f"checkpoint {n}: {problem}" for n, problem in enumerate(found, 1) if problem), "")
+
+    @property
+    def digests(self) -> tuple[str, ...]:
+        """SHA-256 of the base's bytes, then of each checkpoint's."""
+        return self.each[0].base_digest, *(matrix.tuned_digest for matrix in self.each)
 
 
 @dataclass
@@ -232,6 +282,91 @@ class ModelPair:
 
     def __repr__(self) -> str:
         return f"ModelPair({self.base_checkpoint.source} → {self.tuned_checkpoint.source})\n{self.alignment.summary()}"
+
+
+class ModelSeries:
+    """Several checkpoints of one base, in the order of training. `matrices()` streams the weights of all of them.
+
+    >>> series = ModelSeries.load("base.pt", ["ft_step100.pt", "ft_step200.pt"])   # doctest: +SKIP
+    >>> series.steps                                                               # doctest: +SKIP
+    [100, 200]
+    """
+
+    def __init__(self, pairs: list[ModelPair], steps: list[int]):
+        order = sorted(range(len(steps)), key=steps.__getitem__)
+        self.pairs, self.steps = [pairs[i] for i in order], [steps[i] for i in order]
+        first, *others = self.pairs
+        self.alignment = replace(first.alignment, notes=list(first.alignment.notes))
+        self._names = first.names(vectors=True)
+        for step, pair in zip(self.steps[1:], others, strict=True):
+            there = set(pair.names(vectors=True))
+            missing = [name for name in self._names if name not in there]
+            missing += sorted(there - set(self._names))
+            reshaped = [n for n in self._names if n in there and pair.shape(n) != first.shape(n)]
+            if missing or reshaped:
+                raise InputError(
+                    f"{pair.tuned_checkpoint.source} (step {step}) does not hold the same weights as "
+                    f"{first.tuned_checkpoint.source}: {_few(missing or reshaped)}; expected checkpoints of one run"
+                )
+
+    @classmethod
+    def load(
+        cls,
+        base: Any,
+        tuned: Sequence[Any],
+        *,
+        steps: Sequence[int] | None = None,
+        online: bool = False,
+        fused: bool = False,
+        orientation: str = "auto",
+    ) -> "ModelSeries":
+        """Open a base and several checkpoints tuned from it; arguments as for `ModelPair.load`.
+
+        Args:
+            steps: of the checkpoints; by default the last number in each name (`ft_step100.pt`, `checkpoint-200`), or
+                1, 2, 3, … in the order given where the names do not hold different ones.
+
+        Raises:
+            InputError: as `ModelPair.load`; or checkpoints that do not hold the same weights.
+        """
+        if len(tuned) < 2 or (steps is not None and (len(steps) != len(tuned) or len(set(steps)) != len(steps))):
+            raise InputError(f"expected two checkpoints or more, and a step of its own for each; found {len(tuned)}")
+        options = {"online": online, "fused": fused, "orientation": orientation}
+        pairs = [ModelPair.load(base, one, **options) for one in tuned]
+        return cls(pairs, list(steps) if steps is not None else _steps(tuned))
+
+    def names(self, *, matrices: bool = True, embeddings: bool = True, vectors: bool = False) -> list[str]:
+        """As `ModelPair.names`."""
+        return self.pairs[0].names(matrices=matrices, embeddings=embeddings, vectors=vectors)
+
+    def matrices(self, names: list[str] | None = None) -> Iterator[Variants]:
+        """Stream the weights, one in memory at a time, with all its variants (mapped, not read, where files allow)."""
+        streams = [pair.matrices(self.names() if names is None else names) for pair in self.pairs]
+        for each in zip(*streams, strict=True):
+            yield Variants(tuple(replace(matrix, base=each[0].base) for matrix in each))
+
+    def describe(self) -> dict[str, Any]:
+        """Where they came from and how they were aligned, for the record."""
+        described = [pair.describe() for pair in self.pairs]
+        tuned = [d["tuned"] | {"step": step} for d, step in zip(described, self.steps, strict=True)]
+        return described[0] | {"tuned": tuned}
+
+    @property
+    def fingerprint(self) -> str:
+        """Changes when a file changes, or how it is read; "" when one of them has no file."""
+        prints = [pair.fingerprint for pair in self.pairs]
+        return hashlib.sha256(repr((prints, self.steps)).encode()).hexdigest() if all(prints) else ""
+
+    def __repr__(self) -> str:
+        sources = ", ".join(pair.tuned_checkpoint.source for pair in self.pairs)
+        return f"ModelSeries({self.pairs[0].base_checkpoint.source} → {sources})"
+
+
+def _steps(sources: Sequence[Any]) -> list[int]:
+    """The last number in each source's name, or 1, 2, 3, …"""
+    numbers = [re.findall(r"\d+", PurePath(s).name) if isinstance(s, str | PurePath) else [] for s in sources]
+    found = [int(n[-1]) for n in numbers if n]
+    return found if len(set(found)) == len(sources) else list(range(1, len(sources) + 1))
 
 
 def _adapted(base: "Layout", replaced: "Layout", adapter: "Checkpoint", alignment: Alignment) -> dict[str, tuple]:

@@ -16,7 +16,7 @@ from finetune_lens.files import whole_file
 if TYPE_CHECKING:
     import xarray as xr
 
-    from finetune_lens.pair import Matrix, ModelPair
+    from finetune_lens.pair import ModelPair, ModelSeries
 
 Row = dict[str, Any]  # what was measured on one matrix: numpy arrays and scalars
 
@@ -27,14 +27,15 @@ class Rows:
 
     rows: list[Row] = field(default_factory=list)
     excluded: dict[str, str] = field(default_factory=dict)
-    digests: dict[str, tuple[str, str]] = field(default_factory=dict)
+    digests: dict[str, tuple[str, ...]] = field(default_factory=dict)  # of the base, then of each tuned side
 
     def provenance(self, device: Any) -> str:
         """What only the pass itself knows, as JSON for the result's attribute."""
-        weights = {
-            side: hashlib.sha256(json.dumps({n: d[i] for n, d in sorted(self.digests.items())}).encode()).hexdigest()
-            for i, side in enumerate(("base", "tuned"))
-        }
+        hashes = [
+            hashlib.sha256(json.dumps(dict(zip(sorted(self.digests), column, strict=True))).encode()).hexdigest()
+            for column in zip(*(self.digests[name] for name in sorted(self.digests)), strict=True)
+        ]
+        weights = {"base": hashes[0], "tuned": hashes[1] if len(hashes) == 2 else hashes[1:]}
         record = {"weights_sha256": weights, "excluded": self.excluded, "device": str(device), "dtype": "float64"}
         return json.dumps(record)
 
@@ -48,31 +49,38 @@ class Rows:
 
     def stacked(self, key: str) -> np.ndarray:
         """The arrays under `key`, padded with NaN to a common shape and stacked along a new first axis."""
-        arrays = [np.asarray(r[key]) for r in self.rows]
-        if not arrays or arrays[0].ndim == 0:
-            return np.array([a.item() for a in arrays])
-        shape = tuple(np.max([a.shape for a in arrays], axis=0))
-        kind = np.result_type(*arrays, np.float32) if arrays[0].dtype.kind == "f" else float
-        stack = np.full((len(arrays), *shape), np.nan, dtype=kind)
-        for i, a in enumerate(arrays):
-            stack[(i, *(slice(n) for n in a.shape))] = a
-        return stack
+        return padded([r[key] for r in self.rows])
 
     def variables(self, **dims: tuple[str, ...]) -> dict[str, "xr.Variable"]:
         """Variables by name, each with the given dimensions after `matrix`."""
         return {name: (("matrix", *rest), self.stacked(name)) for name, rest in dims.items()}
 
 
+def padded(values: list[Any]) -> np.ndarray:
+    """Arrays or scalars stacked along a new first axis; numbers padded with NaN to a common shape."""
+    arrays = [np.asarray(value) for value in values]
+    if not arrays or arrays[0].ndim == 0:
+        return np.array([a.item() for a in arrays])
+    if arrays[0].dtype.kind in "bUO":
+        return np.stack(arrays)
+    shape = tuple(np.max([a.shape for a in arrays], axis=0))
+    kind = np.result_type(*arrays, np.float32) if arrays[0].dtype.kind == "f" else float
+    stack = np.full((len(arrays), *shape), np.nan, dtype=kind)
+    for i, a in enumerate(arrays):
+        stack[(i, *(slice(n) for n in a.shape))] = a
+    return stack
+
+
 def each_matrix(
-    pair: "ModelPair",
+    pair: "ModelPair | ModelSeries",
     names: list[str],
-    measure: Callable[["Matrix"], Row],
+    measure: Callable[[Any], Row],
     *,
     progress: bool,
     partial: Path | None = None,
     arguments: dict[str, Any],
 ) -> Rows:
-    """Call `measure` on every named weight, one in memory at a time.
+    """Call `measure` on every named weight (`Matrix`, or `Variants` of a series), one in memory at a time.
 
     A weight with NaN or Inf is left out and named in `excluded`. With `partial`, each finished row is kept there under
     a key made of the arguments (`analysis` names the analysis), the files and how they were read; the same call
@@ -92,7 +100,7 @@ def each_matrix(
             row = {"name": name, "problem": matrix.problem(), "digests": np.array(matrix.digests)}
             if not row["problem"]:
                 layer = -1 if matrix.layer is None else matrix.layer
-                with threads_for(min(matrix.base.shape, default=0)):
+                with threads_for(matrix.order):
                     row |= {"layer": layer, "component": matrix.component} | measure(matrix)
             del matrix
             if store is not None:

@@ -30,8 +30,8 @@ class Basis:
 
     `clusters[j]` numbers the runs of vectors that are determined only together (equal singular values, up to the error
     of the computation); a run of one is an ordinary vector. `rank` counts singular values above the rank tolerance; the
-    vectors beyond it span nothing in particular unless the basis is `complete`. Where the cosines with other vectors are
-    all that is needed, `vectors` has no rows.
+    vectors beyond it span nothing in particular unless the basis is `complete`. Where no more than cosines with other
+    vectors is needed, `vectors` has no rows.
     """
 
     vectors: Float[Tensor, "dim p"]

@@ -11,6 +11,7 @@ from finetune_lens.plots.intruder_counts import intruder_counts
 from finetune_lens.plots.intruder_map import intruder_map
 from finetune_lens.plots.sigma_against_cosine import sigma_against_cosine
 from finetune_lens.plots.similarity import similarity
+from finetune_lens.plots.trajectory import trajectory
 from finetune_lens.plots.update_energy import update_energy
 from finetune_lens.plots.update_map import update_map
 from finetune_lens.plots.update_spectrum import update_spectrum
@@ -27,12 +28,13 @@ __all__ = [
     "intruder_map",
     "sigma_against_cosine",
     "similarity",
+    "trajectory",
     "update_energy",
     "update_map",
     "update_spectrum",
 ]
 
-# Result kind → title → function. Those of intruders are drawn for each side.
+# Result kind → title → function. Those of intruders and trajectories are drawn for each side.
 _FIGURES: dict[str, dict[str, Callable[..., "Axes"]]] = {
     "intruders": {
         "counts": intruder_counts,
@@ -41,6 +43,7 @@ _FIGURES: dict[str, dict[str, Callable[..., "Axes"]]] = {
         "similarity_all": partial(similarity, ranks=None),
         "sigma_against_cosine": sigma_against_cosine,
     },
+    "trajectory": {"steps": trajectory},
     "updates": {"spectrum": update_spectrum, "map": update_map, "energy": update_energy},
 }
 
@@ -50,7 +53,7 @@ def figures_of(result: "Result") -> dict[str, Callable[[], "Figure"]]:
     functions = _FIGURES.get(result.kind, {})
     if result.kind == "updates" and not result.data.sizes["rank"]:  # vectors only
         functions = {"map": update_map}
-    if result.kind == "intruders":
+    if result.kind in ("intruders", "trajectory"):
         several = len(result.sides) > 1
         functions = {
             f"{title}_{side}" if several else title: partial(function, side=side)

@@ -14,7 +14,8 @@ if TYPE_CHECKING:
     import pandas as pd
     import xarray as xr
 
-KINDS = {"intruders": "Intruders", "updates": "Updates"}  # module of this package → its result type
+# Module of this package → its result type.
+KINDS = {"intruders": "Intruders", "trajectory": "Trajectory", "updates": "Updates"}
 
 
 class Result:
