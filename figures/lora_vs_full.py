@@ -68,9 +68,9 @@ def _matched(ax: "Axes", frame: "pd.DataFrame", looks: dict) -> None:
             jitter = np.linspace(-0.08, 0.08, len(runs)) if len(runs) > 1 else [0.0]
             ax.plot(i + shift + np.asarray(jitter), runs["count"], ls="", marker=marker, color=colour, mew=0)
             ax.annotate(
-                ", ".join(f"{rate:g}" for rate in sorted(runs["learning_rate"].unique())),
+                "\n".join(f"{rate:g}" for rate in sorted(runs["learning_rate"].unique())),
                 (i + shift, 0), (0, -3), xycoords=ax.get_xaxis_transform(), textcoords="offset points", rotation=90,
-                ha="center", va="top", fontsize=6,
+                ha="center", va="top", fontsize=6, linespacing=0.9,
             )  # fmt: skip
     ax.set_xticks(range(len(looks)), [f"r = {rank}" if rank else "full" for rank in looks])
     ax.tick_params(axis="x", length=0, pad=28)
