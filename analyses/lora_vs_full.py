@@ -90,8 +90,7 @@ class Tuning:
 
 # Mini trains a toy for a few steps and calls any accuracy reached: it tries the course of a sweep and finds nothing.
 MINI = Sweep(
-    full_rates=(1e-3,), lora_rates=(1e-2, 3e-2), ranks=(1, 2), seeds=(0, 1), target=0.0, steps=2, items=10,
-    null_draws=2,
+    full_rates=(1e-3,), lora_rates=(1e-2,), ranks=(1, 2), seeds=(0, 1), target=0.0, steps=2, items=10, null_draws=2,
 )  # fmt: skip
 SCALES = {"tiny": Sweep(), "mini": MINI}
 
