@@ -524,12 +524,12 @@ def slope_against_rank(frame: "pd.DataFrame", column: str, choice: str = "fastes
     return over_seeds([np.polyfit(np.log2(table.columns), row, 1)[0] for row in table.to_numpy()])
 
 
-def slope_against_rate(frame: "pd.DataFrame", column: str) -> Estimate:
-    """How much a column changes when the rate rises tenfold: a line a rank and seed, ranks averaged, then seeds."""
+def slope_within(frame: "pd.DataFrame", column: str, against: str, within: str) -> Estimate:
+    """How much a column changes a unit of `against` in matched runs of equal `within`: lines averaged, then seeds."""
     slopes: dict[int, list[float]] = {}
-    for (seed, _), group in frame[frame["reached"]].groupby(["seed", "rank"]):
+    for (seed, _), group in frame[frame["reached"]].groupby(["seed", within]):
         if len(group) > 1:
-            slopes.setdefault(seed, []).append(np.polyfit(np.log10(group["learning_rate"]), group[column], 1)[0])
+            slopes.setdefault(seed, []).append(np.polyfit(group[against], group[column], 1)[0])
     return over_seeds([np.mean(each) for each in slopes.values()])
 
 
@@ -623,7 +623,19 @@ def claims(data: "xr.Dataset") -> list[Claim]:
     each("(ours) full fine-tuning has more than its null", chance_full)
     each(f"the count falls as the rank rises to {ranks[-1]}", falls)
 
-    sets = {"all matched": matched, "matched, LoRA": matched[matched["rank"] > 0]}
+    lora_runs = matched[matched["rank"] > 0].assign(doublings=lambda runs: np.log2(runs["rank"]))
+    found, null = (slope_within(lora_runs, column, "doublings", "learning_rate") for column in ("count", "null_mean"))
+    measured = f"{found.words('+.1f')} vectors a doubling (null alone: {null.words('+.1f')})"
+    rows.append(
+        Claim(
+            f"(ours) the count falls as the rank rises to {ranks[-1]} at equal rate",
+            "matched, LoRA",
+            measured,
+            negative(found),
+        )
+    )
+
+    sets = {"all matched": matched, "matched, LoRA": lora_runs}
     measures = {"forgetting": "drop of accuracy", "loss_rise": "rise of loss"}
     for column, words in measures.items():
         for label, runs in sets.items():
@@ -640,8 +652,9 @@ def claims(data: "xr.Dataset") -> list[Claim]:
         found = spearman(runs, "count", "new_task_accuracy")
         rows.append(Claim("the count does not correlate with test accuracy", label, found.words(), negligible(found)))
 
-    for label, runs in (("matched, full", matched[matched["rank"] == 0]), ("matched, LoRA", sets["matched, LoRA"])):
-        found = slope_against_rate(runs, "count")
+    for label, runs in (("matched, full", matched[matched["rank"] == 0]), ("matched, LoRA", lora_runs)):
+        tenfold = runs.assign(decades=np.log10(runs["learning_rate"]))
+        found = slope_within(tenfold, "count", "decades", "rank")
         measured = found.words("+.1f", " vectors a tenfold rate")
         rows.append(Claim("the count rises with the learning rate", label, measured, positive(found)))
 

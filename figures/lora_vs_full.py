@@ -70,7 +70,7 @@ def _matched(ax: "Axes", frame: "pd.DataFrame", looks: dict) -> None:
             ax.annotate(
                 "\n".join(f"{rate:g}" for rate in sorted(runs["learning_rate"].unique())),
                 (i + shift, 0), (0, -3), xycoords=ax.get_xaxis_transform(), textcoords="offset points", rotation=90,
-                ha="center", va="top", fontsize=6, linespacing=0.9,
+                ha="center", va="top", fontsize=6, linespacing=1.1,
             )  # fmt: skip
     ax.set_xticks(range(len(looks)), [f"r = {rank}" if rank else "full" for rank in looks])
     ax.tick_params(axis="x", length=0, pad=28)
