@@ -17,6 +17,8 @@ bench: .venv/.dev
 	$(BIN)/python benchmarks/startup.py
 	$(BIN)/python benchmarks/decompositions.py
 	$(BIN)/python benchmarks/memory.py
+	$(BIN)/python benchmarks/spectra.py
+	$(BIN)/python benchmarks/large.py
 
 zoo: .venv/.core
 	$(BIN)/python -m finetune_lens.zoo build --all

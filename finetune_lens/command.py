@@ -10,7 +10,9 @@ import inspect
 import json
 import os
 import shutil
+import signal
 import sys
+import threading
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
@@ -98,6 +100,14 @@ def _guarded(function: Callable[..., None]) -> Callable[..., None]:
     @functools.wraps(function)
     def guarded(**options: Any) -> None:
         common = kind(**{f.name: options.pop(f.name) for f in fields})
+        interrupted = []
+
+        def interrupt(*_: Any) -> None:
+            interrupted.append(True)
+            raise KeyboardInterrupt
+
+        main = threading.current_thread() is threading.main_thread()
+        before = signal.signal(signal.SIGINT, interrupt) if main else None
         try:
             function(**options, common=common)
         except InputError as error:
@@ -113,9 +123,14 @@ def _guarded(function: Callable[..., None]) -> Callable[..., None]:
         except CheckFailed as failure:
             print(f"check failed: {failure}", file=sys.stderr)
             raise typer.Exit(1) from None
-        except KeyboardInterrupt:
+        except BaseException as error:  # compiled code may turn the interrupt that reaches it into an error of its own
+            if not interrupted and not isinstance(error, KeyboardInterrupt):
+                raise
             print("interrupted; run the same command again to continue", file=sys.stderr)
             raise typer.Exit(130) from None
+        finally:
+            if main:
+                signal.signal(signal.SIGINT, before)
 
     del guarded.__wrapped__  # else typer would follow it to the signature with `common`
     guarded.__signature__ = signature.replace(parameters=[*own, *shared])

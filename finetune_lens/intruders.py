@@ -291,7 +291,7 @@ def _measure(
         "gap_": linalg.relative_gaps(found.tuned_values)[:ranks].cpu().numpy(),
         "null_max_cos": null_max_cos,
         "delta_norm": delta_norm,
-        "base_norm": linalg.energy(base.to(torch.float64)),
+        "base_norm": linalg.energy(base_values if len(base_values) == p else base.to(torch.float64)),
         "delta_rank": delta_rank,
         "effective_rank": effective_rank,
         "unchanged": unchanged,

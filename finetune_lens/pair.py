@@ -38,7 +38,7 @@ class Matrix:
             "base": [self.base],
             "tuned": [self.tuned] if self.update is None else [self.update.left, self.update.right],
         }
-        bad = {side: sum(int((~torch.isfinite(t)).sum()) for t in tensors) for side, tensors in sides.items()}
+        bad = {side: sum(_nonfinite(t) for t in tensors) for side, tensors in sides.items()}
         return "; ".join(f"{side}: {count} NaN or Inf entries" for side, count in bad.items() if count)
 
     @functools.cached_property
@@ -87,6 +87,18 @@ class Matrix:
         if self.update is not None:
             return self.update.dense(dtype, device)
         return self.tuned.to(device, dtype, copy=True).sub_(self.base.to(device))  # the base is cast as it is read
+
+
+def _nonfinite(tensor: "torch.Tensor") -> int:
+    """How many entries are NaN or Inf. A finite sum, which is quick to take, shows that there are none."""
+    import torch
+
+    if not tensor.is_floating_point():
+        return 0
+    wide = torch.float64 if tensor.dtype == torch.float64 else torch.float32
+    if torch.isfinite(tensor.sum(dtype=wide)):
+        return 0
+    return int((~torch.isfinite(tensor)).sum())
 
 
 def _digest(*tensors: "torch.Tensor", extra: str = "") -> str:

@@ -105,6 +105,28 @@ def test_an_interrupted_run_continues(pair_files, tmp_path, monkeypatch, capsys)
     assert continued.provenance["weights_sha256"] == whole.provenance["weights_sha256"]
 
 
+def test_an_interrupt_that_compiled_code_swallows(pair_files, tmp_path, monkeypatch, capsys):
+    """Ctrl-C inside a library that turns it into an error of its own is an interrupt all the same."""
+    import os
+    import signal
+
+    def swallowed(matrix, **options):
+        try:
+            os.kill(os.getpid(), signal.SIGINT)
+            signal.pause()
+        except KeyboardInterrupt:
+            raise ValueError("could not determine the shape") from None
+
+    before = signal.getsignal(signal.SIGINT)
+    monkeypatch.setattr(intruders, "_measure", swallowed)
+    assert command(intruders, *pair_files, "--out", tmp_path / "i", "--quiet", monkeypatch=monkeypatch) == 130
+    assert "again to continue" in capsys.readouterr().err
+    assert signal.getsignal(signal.SIGINT) is before
+    monkeypatch.setattr(intruders, "_measure", lambda matrix, **options: int("not a number"))
+    with pytest.raises(ValueError, match="not a number"):  # a fault of ours is not an interrupt
+        command(intruders, *pair_files, "--out", tmp_path / "i", "--quiet", monkeypatch=monkeypatch)
+
+
 def test_a_changed_argument_or_file_starts_anew(pair_files, tmp_path):
     """Chunks are kept under what they were computed from."""
     seen = []

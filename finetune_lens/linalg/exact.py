@@ -116,14 +116,14 @@ def place(
     matrix, scale = scaled(matrix.to(torch.float64))
     side = near_side(matrix.shape)
     short = matrix if side == "left" else matrix.T
-    gram = (short @ short.T).numpy()
+    gram = lower_gram(short).numpy()
     targets = {s: v.to(torch.float64) if s == side else short @ v.to(torch.float64) for s, v in vectors.items()}
     square = matrix.shape[0] == matrix.shape[1]
     longest = max(matrix.shape)
     del matrix, short
     p = len(gram)
-    work, _ = lapack.dsytrd_lwork(p, lower=1)
-    reflectors, diagonal, beside, tau, _ = lapack.dsytrd(gram.T, lower=1, lwork=int(work), overwrite_a=1)
+    reflectors, diagonal, beside, tau = tridiagonal(gram)
+    del gram
     squares, rotated = eigh_tridiagonal(diagonal, beside, lapack_driver="stemr", check_finite=False)
     squares = torch.from_numpy(squares[::-1].copy()).clamp_min(0)
     noise = 2 * longest * EPS * squares[0]
@@ -145,6 +145,29 @@ def place(
             basis = far_basis(near, noise, near.vectors, square=square)
         placed[s] = _rescaled(basis, scale), cosines
     return values * scale, placed
+
+
+def lower_gram(short: Float[Tensor, "p q"]) -> Float[Tensor, "p p"]:
+    """W Wᵀ in float64, of which only the lower triangle is to be read: on the CPU the rest is not computed."""
+    if short.device.type != "cpu":
+        return short @ short.T
+    from scipy.linalg import blas
+
+    # column-major for BLAS, without a copy: rows of W as columns of Wᵀ
+    if short.is_contiguous():
+        return torch.from_numpy(blas.dsyrk(1.0, short.numpy().T, trans=1, lower=1))
+    return torch.from_numpy(blas.dsyrk(1.0, short.numpy(), lower=1))
+
+
+def tridiagonal(gram: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+    """Householder reflectors (below the diagonal), diagonal, subdiagonal and their factors; overwrites `gram`.
+
+    Only the lower triangle is read.
+    """
+    from scipy.linalg import lapack
+
+    work, _ = lapack.dsytrd_lwork(len(gram), lower=1)
+    return lapack.dsytrd(gram, lower=1, lwork=int(work), overwrite_a=1)[:4]
 
 
 def scaled(matrix: Float[Tensor, "out in"]) -> tuple[Float[Tensor, "out in"], float]:
@@ -183,7 +206,7 @@ def _by_svd(matrix: Tensor, sides: tuple[Side, ...]) -> tuple[Tensor, dict[Side,
 
 def _by_gram(matrix: Tensor, sides: tuple[Side, ...], top: int | None) -> tuple[Tensor, dict[Side, Basis]]:
     short = matrix if near_side(matrix.shape) == "left" else matrix.T
-    gram = short @ short.T
+    gram = lower_gram(short)
     p = len(gram)
     if top is None or 4 * (top + EXTRA) > p or gram.device.type != "cpu":
         squares, vectors = torch.linalg.eigh(gram)

@@ -58,7 +58,8 @@ def update_in_base(
 
     basis = None
     if p > DENSE_BELOW and 4 * k < p:
-        start = torch.randn(k + OVERSAMPLED, p, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+        # a narrow block: products with H are cheap, and what a start could miss is counted below
+        start = torch.randn(OVERSAMPLED, p, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
         basis = leading(apply, start.to(d.device), k, 0.0, noise_at_least=float(noise))
         if basis is not None and not _complete(d.square(), x, z, gram, basis.values.square(), noise):
             basis = None

@@ -4,7 +4,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from finetune_lens.linalg.exact import EPS, GRAM_FROM, TINY, Side, scaled, top_eigenpairs
+from finetune_lens.linalg.exact import EPS, GRAM_FROM, TINY, Side, lower_gram, scaled, top_eigenpairs, tridiagonal
 
 
 def relative_gaps(values: Float[Tensor, " p"]) -> Float[Tensor, " p"]:
@@ -25,7 +25,14 @@ def singular_values(matrix: Float[Tensor, "out in"]) -> Float[Tensor, " p"]:
     if min(matrix.shape) < GRAM_FROM:
         return torch.linalg.svdvals(matrix) * scale
     short = matrix if matrix.shape[0] <= matrix.shape[1] else matrix.T
-    squares = torch.linalg.eigvalsh(short @ short.T).flip(0)
+    gram = lower_gram(short)
+    if gram.device.type == "cpu":  # twice as fast as torch's
+        from scipy.linalg import eigvalsh_tridiagonal
+
+        _, diagonal, beside, _ = tridiagonal(gram.numpy())
+        squares = torch.from_numpy(eigvalsh_tridiagonal(diagonal, beside, lapack_driver="sterf")[::-1].copy())
+    else:
+        squares = torch.linalg.eigvalsh(gram).flip(0)
     squares[squares <= 2 * max(matrix.shape) * EPS * squares[0]] = 0
     return squares.sqrt() * scale
 
@@ -89,7 +96,7 @@ def null_max_cos(
     total /= total.abs().max().clamp_min(TINY)
     wide = rows <= columns
     short = total if wide else total.T
-    near = _top_eigenvectors(short @ short.T, k)
+    near = _top_eigenvectors(lower_gram(short), k)
     far = short.T @ near
     far /= torch.linalg.vector_norm(far, dim=0).clamp_min(TINY)
     vectors = {"left": near if wide else far, "right": far if wide else near}

@@ -54,6 +54,7 @@ def recorded(function: Callable[..., Result]) -> Callable[..., Result]:
 NOT_ARGUMENTS = ("progress", "partial")
 
 
+@functools.cache
 def _versions() -> dict[str, str]:
     found = {}
     for name in PACKAGES:
