@@ -32,7 +32,6 @@ class Matrix:
 
     def problem(self) -> str:
         """What keeps this weight from being analysed: NaN or Inf on a side; "" when nothing does."""
-        import torch
 
         sides = {
             "base": [self.base],

@@ -76,7 +76,7 @@ def test_proofs_need_no_decomposition_of_the_base(shape, side, planted, monkeypa
 
 
 def test_what_no_proof_settles_goes_the_exact_way():
-    """A tuned vector that is deep in the base's bulk: no leading base vector is near it, and its mass is in one point."""
+    """A tuned vector deep in the base's bulk: no leading base vector is near it, and its mass is in one point."""
     rng = np.random.default_rng(2)
     n = 700
     u, v = (np.linalg.qr(rng.standard_normal((n, n)))[0] for _ in "uv")
