@@ -723,8 +723,9 @@ def report(data: "xr.Dataset") -> str:
         f"lies inside ±{NEGLIGIBLE:g} (no: excludes 0); *differently* where it excludes 0; else open. Intervals are "
         "not adjusted for the number of claims, and hold for this base alone.",
         "",
-        "Not planned before runs were seen: the comparisons at the lowest rate and the fourth seed (added during the "
-        "first seeds), the correlations at given ‖Δ‖/‖W0‖ (after the first seed) and the row at equal rate (after all).",
+        "Not planned before runs were seen: the comparisons at the lowest rate and the fourth seed (added during "
+        "the first seeds), the correlations at given ‖Δ‖/‖W0‖ (after the first seed) and the row at equal ",
+        "rate (after all).",
         "",
         f"Written by `{record['command']}`.",
     ]
