@@ -724,7 +724,7 @@ def report(data: "xr.Dataset") -> str:
         "not adjusted for the number of claims, and hold for this base alone.",
         "",
         "Not planned before runs were seen: the comparisons at the lowest rate and the fourth seed (added during "
-        "the first seeds), the correlations at given ‖Δ‖/‖W0‖ (after the first seed) and the row at equal ",
+        "the first seeds), the correlations at given ‖Δ‖/‖W0‖ (after the first seed) and the row at equal "
         "rate (after all).",
         "",
         f"Written by `{record['command']}`.",
