@@ -105,31 +105,37 @@ def _measure(weight: "Matrix", *, ks: tuple[int, ...], null_draws: int, seed: in
         }  # fmt: skip
     from finetune_lens import linalg
 
-    both = linalg.decompose(base, sides=("left", "right"))
+    wanted = min(max(ks), min(base.shape))
+    both = linalg.decompose(base, sides=("left", "right"), top=wanted)
+    base_values = both.values if len(both.values) == min(base.shape) else linalg.singular_values(base)
+    del base
     if weight.update is None:
         values = linalg.singular_values(delta)
     else:
+        least = min(weight.base.shape)
         values = abs(weight.update.scale) * linalg.low_rank_values(weight.update.left, weight.update.right).to(device)
-        values = torch.nn.functional.pad(values, (0, max(0, min(base.shape) - len(values))))[: min(base.shape)]
+        values = torch.nn.functional.pad(values, (0, max(0, least - len(values))))[:least]
     top = min(max(ks), len(values))
     core = (both.left.vectors[:, :top].T @ delta @ both.right.vectors[:, :top]).square().cumsum(0).cumsum(1)
     square = delta_norm**2
     energy = [float(core[k - 1, k - 1]) / square if square and k <= top else np.nan for k in ks]
     chance = (
-        _chance(values, tuple(base.shape), ks, null_draws, seed) if square else np.full((null_draws, len(ks)), np.nan)
+        _chance(values, tuple(weight.base.shape), ks, null_draws, seed)
+        if square
+        else np.full((null_draws, len(ks)), np.nan)
     )
     low, high = np.quantile(chance, [0.025, 0.975], axis=0)
     spectral = float(values[0])
-    noise = max(len(values) * linalg.EPS * spectral, 2 * weight.unit_roundoff * float(both.values[0]))
+    noise = max(len(values) * linalg.EPS * spectral, 2 * weight.unit_roundoff * float(base_values[0]))
     return row | {
         "sigma_delta": values.cpu().numpy(),
-        "sigma_base": both.values.cpu().numpy(),
+        "sigma_base": base_values.cpu().numpy(),
         "energy": np.array(energy),
-        "energy_null": np.array([k**2 / base.numel() if square and k <= top else np.nan for k in ks]),
+        "energy_null": np.array([k**2 / weight.base.numel() if square and k <= top else np.nan for k in ks]),
         "energy_low": low,
         "energy_high": high,
         "delta_spectral": spectral,
-        "relative_spectral": _ratio(spectral, float(both.values[0])),
+        "relative_spectral": _ratio(spectral, float(base_values[0])),
         "stable_rank": _ratio(square, spectral**2),
         "effective_rank": linalg.effective_rank(values),
         "delta_rank": float((values > noise).sum()),

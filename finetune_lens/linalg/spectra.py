@@ -66,7 +66,7 @@ def energy(values: Float[Tensor, "*shape"]) -> float:
 def haar(rows: int, columns: int, *, generator: torch.Generator) -> Float[Tensor, "rows columns"]:
     """`columns` orthonormal vectors in R^rows, uniform (QR of a Gaussian with the signs fixed; Mezzadri 2007)."""
     q, r = torch.linalg.qr(torch.randn(rows, columns, dtype=torch.float64, generator=generator))
-    return q * torch.sign(torch.diagonal(r))
+    return q.mul_(torch.sign(torch.diagonal(r)))
 
 
 def null_max_cos(
@@ -90,7 +90,8 @@ def null_max_cos(
     r = len(update_values)
     left = haar(rows, r, generator=generator).to(device)
     right = haar(columns, r, generator=generator).to(device)
-    total = (left * update_values) @ right.T
+    total = left.mul_(update_values) @ right.T
+    del left, right
     p = len(base_values)
     total.diagonal()[:p] += base_values
     total /= total.abs().max().clamp_min(TINY)
