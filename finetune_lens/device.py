@@ -1,6 +1,7 @@
 """Which device to compute on, and with how many threads."""
 
 import functools
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
@@ -11,6 +12,7 @@ if TYPE_CHECKING:
     import torch
 
 THREADS_FROM = 512  # order of a matrix from which decompositions gain from several threads
+SIDE_BY_SIDE_BELOW = 1024  # and below which several matrices at once gain more
 
 
 def choose(name: str) -> "torch.device":
@@ -48,6 +50,16 @@ def threads_for(order: int) -> Iterator[None]:
             yield
     finally:
         torch.set_num_threads(before)
+
+
+def side_by_side(order: int, device: "torch.device") -> int:
+    """How many matrices up to this order to work on at once: one a core while several threads would help none of them.
+
+    A matrix of order 768 on two threads takes about as long as on one (benchmarks/spectra.py).
+    """
+    if order >= SIDE_BY_SIDE_BELOW or device.type != "cpu":
+        return 1
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 @functools.cache

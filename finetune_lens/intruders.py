@@ -144,15 +144,13 @@ def trace_intruders(
     Raises:
         InputError: an option out of range, or no matrix to compare.
     """
-    from finetune_lens import linalg
     from finetune_lens.stream import each_matrix
 
     names, store, options = _prepared(series, locals())
-    latest = linalg.Latest(store)
     rows = each_matrix(
         series,
         names,
-        lambda variants: _trace(variants, store=latest, **options),
+        lambda variants: _trace(variants, store=store, **options),
         progress=progress,
         partial=partial,
         arguments=options | {"analysis": "trajectory"},
@@ -217,8 +215,10 @@ def _measure(
     seed: int,
     device: "torch.device",
     digest: str | None = None,
+    following: bool = False,
 ) -> "tuple[Row, dict[linalg.Side, torch.Tensor]]":
-    """Everything the result keeps of one matrix, and by side the first k tuned vectors (none where nothing changed)."""
+    """Everything the result keeps of one matrix, and by side the first k tuned vectors if `following`
+    (none where nothing changed)."""
     import torch
 
     from finetune_lens import linalg
@@ -265,6 +265,7 @@ def _measure(
             epsilon=epsilon,
             judged=judged,
             route=route,
+            leading=following,
             store=store,
             digest="" if store is None else digest or matrix.base_digest,
         )
@@ -307,10 +308,13 @@ def _measure(
     return row, found.leading
 
 
-def _trace(variants: "Variants", *, store: "linalg.Latest", **options: Any) -> "Row":
+def _trace(variants: "Variants", *, store: "linalg.BasisCache | None", **options: Any) -> "Row":
     """The rows of all checkpoints along a first axis, and how the top k vectors of each lie among those of the next."""
+    from finetune_lens import linalg
+
     digest = variants.each[0].base_digest
-    measured = [_measure(matrix, store=store, digest=digest, **options) for matrix in variants.each]
+    latest = linalg.Latest(store)
+    measured = [_measure(matrix, store=latest, digest=digest, following=True, **options) for matrix in variants.each]
     rows = [row for row, _ in measured]
     merged: Row = {key: rows[0][key] for key in ("out", "in")}
     for key in rows[0].keys() - merged.keys():
@@ -398,9 +402,10 @@ def _dataset(rows: "Rows", options: dict[str, Any], *before: str) -> "xr.Dataset
 
 def _reach(data: Any) -> int:
     """Up to which rank every matrix was looked at, as far as it has vectors; 0 for all of them."""
-    looked = data.max_cos.notnull().any("side").sum("rank")
-    there = np.minimum(data["out"], data["in"])
-    return int(looked.where(looked < there).min().fillna(0))
+    values = data.max_cos.isel(side=0).transpose(..., "matrix", "rank").values
+    looked = np.isfinite(values).sum(-1)
+    short = looked[looked < np.minimum(data["out"].values, data["in"].values)]
+    return int(short.min()) if short.size else 0
 
 
 def main() -> None:

@@ -350,6 +350,9 @@ class ModelSeries:
         """As `ModelPair.names`."""
         return self.pairs[0].names(matrices=matrices, embeddings=embeddings, vectors=vectors)
 
+    def shape(self, name: str) -> tuple[int, ...]:
+        return self.pairs[0].shape(name)
+
     def matrices(self, names: list[str] | None = None) -> Iterator[Variants]:
         """Stream the weights, one in memory at a time, with all its variants (mapped, not read, where files allow)."""
         streams = [pair.matrices(self.names() if names is None else names) for pair in self.pairs]

@@ -3,14 +3,16 @@
 import hashlib
 import json
 import shutil
-from collections.abc import Callable
+from collections import deque
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from finetune_lens.device import threads_for
+from finetune_lens import device as devices
 from finetune_lens.files import whole_file
 
 if TYPE_CHECKING:
@@ -82,6 +84,9 @@ def each_matrix(
 ) -> Rows:
     """Call `measure` on every named weight (`Matrix`, or `Variants` of a series), one in memory at a time.
 
+    Where all are small, as many are worked on as there are cores, each on one thread: `measure` keeps nothing between
+    calls.
+
     A weight with NaN or Inf is left out and named in `excluded`. With `partial`, each finished row is kept there under
     a key made of the arguments (`analysis` names the analysis), the files and how they were read; the same call
     continues behind the last finished row, a changed one starts anew and drops the old rows.
@@ -91,26 +96,49 @@ def each_matrix(
     store = _Store(partial, pair.fingerprint, arguments) if partial is not None and pair.fingerprint else None
     result = Rows()
     done = {} if store is None else {name: row for name in names if (row := store.get(name)) is not None}
-    todo = pair.matrices([name for name in names if name not in done])
+    todo = [name for name in names if name not in done]
+    largest = max((min(pair.shape(name), default=0) for name in todo), default=0)
+
+    def work(matrix: Any) -> Row:
+        row = {"name": matrix.name, "problem": matrix.problem(), "digests": np.array(matrix.digests)}
+        if not row["problem"]:
+            layer = -1 if matrix.layer is None else matrix.layer
+            row |= {"layer": layer, "component": matrix.component} | measure(matrix)
+        if store is not None:
+            store.put(matrix.name, row)
+        return row
+
+    computed = _in_order(pair.matrices(todo), work, at_once=devices.side_by_side(largest, arguments["device"]))
     for name in tqdm(names, desc="weights", unit="", disable=not progress, initial=0, dynamic_ncols=True):
-        if name in done:
-            row = done[name]
-        else:
-            matrix = next(todo)
-            row = {"name": name, "problem": matrix.problem(), "digests": np.array(matrix.digests)}
-            if not row["problem"]:
-                layer = -1 if matrix.layer is None else matrix.layer
-                with threads_for(matrix.order):
-                    row |= {"layer": layer, "component": matrix.component} | measure(matrix)
-            del matrix
-            if store is not None:
-                store.put(name, row)
+        row = done[name] if name in done else next(computed)
         result.digests[name] = tuple(str(d) for d in row["digests"])
         if row["problem"]:
             result.excluded[name] = str(row["problem"])
         else:
             result.rows.append(row)
     return result
+
+
+def _in_order(matrices: Iterator[Any], work: Callable[[Any], Row], *, at_once: int) -> Iterator[Row]:
+    """`work` of each matrix, in their order."""
+    if at_once == 1:
+        for matrix in matrices:
+            with devices.threads_for(matrix.order):
+                row = work(matrix)
+            del matrix
+            yield row
+        return
+    with devices.threads_for(0), ThreadPoolExecutor(at_once) as pool:
+        waiting: deque[Future[Row]] = deque()
+        try:
+            for matrix in matrices:
+                waiting.append(pool.submit(work, matrix))
+                if len(waiting) > at_once:
+                    yield waiting.popleft().result()
+            while waiting:
+                yield waiting.popleft().result()
+        finally:
+            pool.shutdown(cancel_futures=True)
 
 
 class _Store:

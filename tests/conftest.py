@@ -11,6 +11,10 @@ from typing import Any
 
 import pytest
 
+# The tests run side by side: a second thread for each would only get in the way of the others.
+for _pool in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"):
+    os.environ.setdefault(_pool, "1")
+
 HIDDEN, HEADS, GROUPS, VOCABULARY = 32, 4, 2, 40
 
 

@@ -11,7 +11,7 @@ from safetensors.torch import save_file
 
 import finetune_lens as fl
 from finetune_lens import __main__ as listing
-from finetune_lens import intruders, stream, updates
+from finetune_lens import device, intruders, stream, updates
 
 
 @pytest.fixture
@@ -91,6 +91,7 @@ def test_an_interrupted_run_continues(pair_files, tmp_path, monkeypatch, capsys)
         return measure(matrix, **options)
 
     monkeypatch.setattr(intruders, "_measure", counted)
+    monkeypatch.setattr(device, "side_by_side", lambda order, where: 1)
     assert command(intruders, *arguments, monkeypatch=monkeypatch) == 130
     assert "again to continue" in capsys.readouterr().err
     assert not (out / "intruders.nc").exists()
@@ -119,12 +120,40 @@ def test_an_interrupt_that_compiled_code_swallows(pair_files, tmp_path, monkeypa
 
     before = signal.getsignal(signal.SIGINT)
     monkeypatch.setattr(intruders, "_measure", swallowed)
+    monkeypatch.setattr(device, "side_by_side", lambda order, where: 1)
     assert command(intruders, *pair_files, "--out", tmp_path / "i", "--quiet", monkeypatch=monkeypatch) == 130
     assert "again to continue" in capsys.readouterr().err
     assert signal.getsignal(signal.SIGINT) is before
     monkeypatch.setattr(intruders, "_measure", lambda matrix, **options: int("not a number"))
     with pytest.raises(ValueError, match="not a number"):  # a fault of ours is not an interrupt
         command(intruders, *pair_files, "--out", tmp_path / "i", "--quiet", monkeypatch=monkeypatch)
+
+
+def test_small_matrices_are_worked_on_side_by_side(pair_files, monkeypatch):
+    """Whatever the number at once: the same result in the same order, and nothing done after a failure."""
+    pair = fl.ModelPair.load(*pair_files)
+    found = []
+    for at_once in (1, 3):
+        with monkeypatch.context() as patch:
+            patch.setattr(device, "side_by_side", lambda order, where, n=at_once: n)
+            found.append(fl.find_intruders(pair, progress=False, null_draws=2))
+    assert found[0].data.drop_attrs().equals(found[1].data.drop_attrs())
+    started = []
+
+    def failing(item):
+        started.append(item)
+        if item == 2:
+            raise ZeroDivisionError
+        return item
+
+    rows = stream._in_order(iter(range(100)), failing, at_once=3)
+    assert [next(rows), next(rows)] == [0, 1]
+    with pytest.raises(ZeroDivisionError):
+        next(rows)
+    assert len(started) < 10
+    assert device.side_by_side(700, torch.device("cpu")) >= 1
+    assert device.side_by_side(1024, torch.device("cpu")) == 1
+    assert device.side_by_side(700, torch.device("cuda")) == 1
 
 
 def test_a_changed_argument_or_file_starts_anew(pair_files, tmp_path):
@@ -145,7 +174,7 @@ def test_a_changed_argument_or_file_starts_anew(pair_files, tmp_path):
             measure,
             progress=False,
             partial=tmp_path / "chunks",
-            arguments={"analysis": "test", "k": k},
+            arguments={"analysis": "test", "k": k, "device": torch.device("cpu")},
         )
 
     with pytest.raises(KeyboardInterrupt):

@@ -210,7 +210,7 @@ def test_both_sides_of_a_square_matrix_are_the_near_side():
     left, right = torch.tensor(rng.standard_normal((300, 2))) / 30, torch.tensor(rng.standard_normal((2, 300))) / 10
     for route in ROUTES:
         found = linalg.compare(
-            base, None, (left, right), ranks=6, sides=("left", "right"), judged=6, route=route, **OPTIONS
+            base, None, (left, right), ranks=6, sides=("left", "right"), judged=6, route=route, leading=True, **OPTIONS
         )
         assert found.route != "svd"
         for side in ("left", "right"):
@@ -227,7 +227,7 @@ def test_the_leading_vectors_come_along(shape, route):
     rng = np.random.default_rng(7)
     base, left, right = weights(rng, shape, strength=6.0)
     found = linalg.compare(
-        base, None, (left, right), ranks=6, sides=("left", "right"), judged=4, route=route, **OPTIONS
+        base, None, (left, right), ranks=6, sides=("left", "right"), judged=4, route=route, leading=True, **OPTIONS
     )
     u, _, vh = np.linalg.svd((base + left @ right).numpy(), full_matrices=False)
     for side, vectors in (("left", u), ("right", vh.T)):

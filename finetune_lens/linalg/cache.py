@@ -2,6 +2,7 @@
 
 import contextlib
 import hashlib
+import threading
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -12,6 +13,8 @@ from finetune_lens.linalg.exact import Basis
 
 DIGEST = 64  # characters of a SHA-256; what follows them names a side
 FORMAT = "2"  # changes when what is stored, or how it is computed, changes
+
+_ONE_AT_A_TIME = threading.Lock()  # so that two threads together do not pass the limit
 
 
 @dataclass(frozen=True)
@@ -45,9 +48,6 @@ class BasisCache:
         from safetensors.torch import save_file
 
         size = basis.vectors.numel() * 8
-        held = sum(file.stat().st_size for file in self.folder.glob("*.safetensors")) if self.folder.is_dir() else 0
-        if held + size > self.limit:
-            return
         tensors = {
             "vectors": basis.vectors,
             "values": basis.values,
@@ -55,7 +55,13 @@ class BasisCache:
             "clusters": basis.clusters,
             "rank": torch.tensor(basis.rank),
         }
-        with contextlib.suppress(OSError):  # a full disk must not end a run that does not need the cache
+        with (
+            _ONE_AT_A_TIME,
+            contextlib.suppress(OSError),
+        ):  # a full disk must not end a run that does not need the cache
+            held = sum(file.stat().st_size for file in self.folder.glob("*.safetensors")) if self.folder.is_dir() else 0
+            if held + size > self.limit:
+                return
             self.folder.mkdir(parents=True, exist_ok=True)
             with whole_file(self._file(digest)) as path:
                 save_file({name: t.cpu().contiguous() for name, t in tensors.items()}, path)

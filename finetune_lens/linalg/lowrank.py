@@ -46,8 +46,8 @@ def update_in_base(
         base, left, right = base.T, right.T, left.T
     p = near.vectors.shape[1]
     d = near.values
-    x = (left.T.contiguous() @ near.vectors).T
-    z = ((right.contiguous() @ base.to(torch.float64).T) @ near.vectors).T
+    both = torch.cat([left.T, right @ base.to(torch.float64).T]) @ near.vectors
+    x, z = both[: left.shape[1]].T, both[left.shape[1] :].T
     gram = right @ right.T
     size = float(d[0]) + float(torch.linalg.matrix_norm(left, 2) * torch.linalg.matrix_norm(right, 2))
     noise = torch.tensor(4 * max(base.shape) * EPS * size**2, dtype=torch.float64, device=d.device)

@@ -9,7 +9,7 @@
 """
 
 from dataclasses import dataclass, replace
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from jaxtyping import Bool, Float
@@ -43,7 +43,7 @@ class Comparison:
     matches: dict[Side, Match]
     route: str
     certified: dict[Side, Bool[Tensor, " k"]]
-    leading: dict[Side, Float[Tensor, "_ judged"]]  # the first `judged` tuned vectors
+    leading: dict[Side, Float[Tensor, "_ judged"]]  # the first `judged` tuned vectors, where they were asked for
 
 
 def choose(
@@ -77,6 +77,7 @@ def compare(
     epsilon: float,
     judged: int,
     route: Literal["exact", "cached", "certified"] = "exact",
+    leading: bool = False,
     store: Store | None = None,
     digest: str = "",
 ) -> Comparison:
@@ -88,20 +89,21 @@ def compare(
         gap, block: as in `match`.
         epsilon, judged: a verdict at ε on the top `judged` vectors that the route leaves open is settled by a more
             exact one.
+        leading: return the first `judged` tuned vectors too.
         store, digest: where the base's basis may be found or left, and the name of its content.
     """
-    options = {"ranks": ranks, "gap": gap, "block": block, "epsilon": epsilon, "judged": judged, "route": route}
+    options = {"ranks": ranks, "gap": gap, "block": block, "epsilon": epsilon, "judged": judged, "route": route,
+               "leading": leading}  # fmt: skip
     if "right" in sides and base.shape[0] == base.shape[1]:
         # either side of a square matrix can be the one whose vectors need no division by σ
         mirrored = None if update is None else (update[1].T, update[0].T)
         right = _compare(base.T, None if tuned is None else tuned.T, mirrored, sides=("left",), store=store,
                          digest=f"{digest}ᵀ", **options)  # fmt: skip
-        found = replace(right, **{n: {"right": getattr(right, n)["left"]} for n in ("matches", "certified", "leading")})
+        both = ("matches", "certified", "leading")
+        found = replace(right, **{n: _as_right(getattr(right, n)) for n in both})
         if "left" in sides:
             left = _compare(base, tuned, update, sides=("left",), store=store, digest=digest, **options)
-            found = replace(
-                left, **{n: getattr(left, n) | getattr(found, n) for n in ("matches", "certified", "leading")}
-            )
+            found = replace(left, **{n: getattr(left, n) | getattr(found, n) for n in both})
         return found
     return _compare(base, tuned, update, sides=sides, store=store, digest=digest, **options)
 
@@ -118,6 +120,7 @@ def _compare(
     epsilon: float,
     judged: int,
     route: str,
+    leading: bool,
     store: Store | None,
     digest: str,
 ) -> Comparison:
@@ -130,7 +133,7 @@ def _compare(
     if route == "cached" and update is not None:
         if near is None:
             near = decompose(base, sides=(near_side(base.shape),)).side(near_side(base.shape))
-        found = _in_base(base, near, update, ranks=ranks, sides=sides, judged=judged, **tools)
+        found = _in_base(base, near, update, ranks=ranks, sides=sides, leading=judged if leading else 0, **tools)
         if not _open(found.matches, epsilon, judged):
             return found
     other = decompose(_dense(base, tuned, update), sides=sides, top=ranks)
@@ -156,6 +159,11 @@ def _compare(
         matches = {s: match(one.side(s), other.side(s), k=ranks, **tools) for s in sides}
     first = {s: other.side(s).vectors[:, :judged] for s in sides}
     return Comparison(values, other.values, matches, route_taken, _none(matches), first)
+
+
+def _as_right(found: dict[Side, Any]) -> dict[Side, Any]:
+    """What was found on the left of the transposed weight, if anything."""
+    return {"right": found["left"]} if found else {}
 
 
 def _none(matches: dict[Side, Match]) -> dict[Side, Bool[Tensor, " k"]]:
@@ -186,7 +194,7 @@ def _in_base(
     *,
     ranks: int,
     sides: tuple[Side, ...],
-    judged: int,
+    leading: int,
     gap: float,
     block: int,
 ) -> Comparison:
@@ -195,15 +203,15 @@ def _in_base(
     square = base.shape[0] == base.shape[1]
     values, placed = update_in_base(near, base, *update, k=ranks, sides=tuple({side, *sides}))
     matches, first = {}, {}
-    nearest = (placed[side][1][:, :judged].T.contiguous() @ near.vectors.T).T
     for s in sides:
         basis, cosines = placed[s]
         known = near if s == side else far_basis(near, noise, near.vectors[:0], square=square)
         matches[s] = match(known, basis, k=ranks, gap=gap, block=block, cosines=cosines)
-        first[s] = nearest
-        if s != side:
-            product = _Weight(base, update).across(nearest.T.contiguous()).T
-            first[s] = product / torch.linalg.vector_norm(product, dim=0)
+    if leading:
+        nearest = placed[side][1][:, :leading].T.contiguous() @ near.vectors.T
+        for s in sides:
+            rows = nearest if s == side else _Weight(base, update).across(nearest)
+            first[s] = (rows / torch.linalg.vector_norm(rows, dim=1, keepdim=True)).T
     return Comparison(near.values, values, matches, "cached", _none(matches), first)
 
 
