@@ -17,7 +17,7 @@ from torch import Tensor
 
 from finetune_lens.linalg.cache import Store
 from finetune_lens.linalg.certified import Certificate, certify
-from finetune_lens.linalg.exact import EPS, GRAM_FROM, Basis, Side, decompose, far_basis, near_side, place
+from finetune_lens.linalg.exact import EPS, GRAM_FROM, Basis, Side, decompose, far_basis, near_side, place, scaled
 from finetune_lens.linalg.krylov import OVERSAMPLED, leading
 from finetune_lens.linalg.lowrank import update_in_base
 from finetune_lens.linalg.matching import Match, match
@@ -227,7 +227,9 @@ def _certified(
     epsilon: float,
     judged: int,
 ) -> Comparison | None:
-    """None where the leading tuned vectors do not converge."""
+    """None where the leading tuned vectors do not converge, or squares would overflow or vanish."""
+    if any(scaled(w.to(torch.float64))[1] != 1 for w in (base, tuned) if w is not None):
+        return None
     side = near_side(base.shape)
     far: Side = "right" if side == "left" else "left"
     noise = 2 * max(base.shape) * EPS
