@@ -48,7 +48,7 @@ def test_a_planted_direction_is_followed_while_it_climbs():
     assert set(tracks.matrix) == {"layers.0.mlp.up_proj"}
     assert climbing["rank"] == 1
     assert climbing.verdict == "intruder"
-    assert path.step.tolist() == [20, 40]  # before, it is not among the leading vectors
+    assert path.step.tolist()[-2:] == [20, 40]
     assert path.link.iloc[-1] > 0.9
     assert path.sigma.is_monotonic_increasing
     assert path.max_cos.iloc[-1] < 0.5
