@@ -296,3 +296,22 @@ def test_certified_serves_few_vectors():
     w = {"layers.0.mlp.up_proj.weight": torch.eye(4)}
     with pytest.raises(InputError, match="up to 64"):
         find_intruders(ModelPair.load(w, w), method="certified", ranks=65)
+
+
+@pytest.mark.parametrize(("shape", "side"), [((300, 200), "left"), ((200, 300), "right")])
+def test_the_longer_side_in_coordinates_of_its_own(shape, side):
+    """⟨h, w_i⟩ with the eigenvectors of the operator are the cosines with the singular vectors."""
+    rng = np.random.default_rng(10)
+    w = torch.tensor(rng.standard_normal(shape))
+    u = torch.tensor(np.linalg.qr(rng.standard_normal((300, 5)))[0])
+    apply, start, slack = routes._Weight(w, None).coordinates(u, near=False)
+    operator = apply(torch.eye(200, dtype=torch.float64))
+    values, vectors = np.linalg.eigh(operator.numpy())
+    left, s, right = np.linalg.svd(w.numpy(), full_matrices=False)
+    basis = left if side == "left" else right.T
+    assert np.allclose(values[::-1] ** 0.5, s)
+    assert np.allclose(np.abs(start.numpy() @ vectors)[:, ::-1], np.abs(u.numpy().T @ basis), atol=slack)
+    assert 1e-13 < slack < 1e-6
+    flat = w.clone()
+    flat[: 1 if side == "right" else 300, : 1 if side == "left" else 300] = 0  # a vanishing singular value
+    assert routes._Weight(flat, None).coordinates(u, near=False) is None
