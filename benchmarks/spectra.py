@@ -170,7 +170,7 @@ def trajectory(layers: int) -> bool:
     import torch
     from safetensors.torch import load_file, save_file
 
-    from finetune_lens import ModelSeries, trace_intruders
+    from finetune_lens import ModelSeries, find_intruders
 
     with tempfile.TemporaryDirectory() as folder:
         files = Path(folder)
@@ -201,7 +201,7 @@ def trajectory(layers: int) -> bool:
 
         start = time.perf_counter()
         series = ModelSeries.load(files / "base", [files / f"checkpoint-{s}" for s in STEPS], fused=True)
-        result = trace_intruders(series, ranks=K, k=K, epsilon=EPSILON, null_draws=0, progress=False)
+        result = find_intruders(series, ranks=K, k=K, epsilon=EPSILON, null_draws=0, progress=False)
         ours = time.perf_counter() - start
         counts = result.counts().intruders.tolist()
 

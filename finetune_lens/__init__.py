@@ -21,7 +21,6 @@ __all__ = [
     "measure_updates",
     "plots",
     "results",
-    "trace_intruders",
     "zoo",
 ]
 
@@ -31,7 +30,6 @@ _WHERE = {
     "ModelPair": "pair",
     "ModelSeries": "pair",
     "find_intruders": "intruders",
-    "trace_intruders": "intruders",
     "measure_updates": "updates",
     "load": "results",
     "plots": "plots",
@@ -42,7 +40,7 @@ _WHERE = {
 if TYPE_CHECKING:  # for editors
     from finetune_lens import plots, results, zoo
     from finetune_lens.errors import InputError
-    from finetune_lens.intruders import find_intruders, trace_intruders
+    from finetune_lens.intruders import find_intruders
     from finetune_lens.pair import ModelPair, ModelSeries
     from finetune_lens.results import load
     from finetune_lens.updates import measure_updates

@@ -52,7 +52,7 @@ FIRST = 64  # and how many in larger ones
 
 @recorded
 def find_intruders(
-    pair: "ModelPair",
+    pair: "ModelPair | ModelSeries",
     *,
     epsilon: float = 0.5,
     k: int = 10,
@@ -71,11 +71,12 @@ def find_intruders(
     device: str = "auto",
     progress: bool = True,
     partial: Path | None = None,
-) -> "Intruders":
+) -> "Intruders | Trajectory":
     """Count intruder dimensions, with nulls and error bounds, for every ε and k at once.
 
     Args:
-        pair: base and tuned, aligned.
+        pair: base and tuned, aligned; or several checkpoints of one base. Then each intruder is followed from one to
+            the next, and the result is a `Trajectory`; the base is decomposed once a matrix.
         epsilon, k: the threshold and the number of leading vectors that the summary judges by. The result answers for
             every other ε and k too.
         side: left (output space), right (input space), or both.
@@ -101,77 +102,19 @@ def find_intruders(
     Raises:
         InputError: an option out of range, or no matrix to compare.
     """
-    from finetune_lens.stream import each_matrix
-
-    names, store, options = _prepared(pair, locals())
-    rows = each_matrix(
-        pair,
-        names,
-        lambda matrix: _measure(matrix, store=store, **options)[0],
-        progress=progress,
-        partial=partial,
-        arguments=options | {"analysis": "intruders"},
-    )
-    return _assemble(rows, options)
-
-
-@recorded
-def trace_intruders(
-    series: "ModelSeries",
-    *,
-    epsilon: float = 0.5,
-    k: int = 10,
-    side: Literal["left", "right", "both"] = "left",
-    ranks: int | None = None,
-    method: Literal["auto", "exact", "cached", "certified"] = "auto",
-    null_draws: int = 5,
-    null_ranks: int = 50,
-    gap: float = 0.01,
-    similarity_ranks: int = 50,
-    embeddings: bool = False,
-    cache: Path | None = None,
-    cache_gb: float = 20.0,
-    limit: int | None = None,
-    seed: int = 0,
-    device: str = "auto",
-    progress: bool = True,
-    partial: Path | None = None,
-) -> "Trajectory":
-    """Count intruder dimensions in several checkpoints of one base, and follow each from one to the next.
-
-    The base is decomposed once a matrix, whatever the number of checkpoints. Arguments as for `find_intruders`.
-
-    Raises:
-        InputError: an option out of range, or no matrix to compare.
-    """
-    from finetune_lens.stream import each_matrix
-
-    names, store, options = _prepared(series, locals())
-    rows = each_matrix(
-        series,
-        names,
-        lambda variants: _trace(variants, store=store, **options),
-        progress=progress,
-        partial=partial,
-        arguments=options | {"analysis": "trajectory"},
-    )
-    return _assemble_trajectory(rows, options, series.steps)
-
-
-def _prepared(
-    subject: "ModelPair | ModelSeries", given: dict[str, Any]
-) -> "tuple[list[str], linalg.BasisCache | None, dict[str, Any]]":
-    """Names of the matrices, the store of bases, and the checked options of the measurement."""
     from finetune_lens import device as devices
     from finetune_lens import linalg
+    from finetune_lens.pair import ModelSeries
+    from finetune_lens.stream import each_matrix
 
-    k, ranks, method, side = given["k"], given["ranks"], given["method"], given["side"]
-    if not 0 < given["epsilon"] <= 1:
-        raise InputError(f"epsilon is a cosine in (0, 1]; found {given['epsilon']}")
-    least = {"k": 1, "null_draws": 0, "null_ranks": 1, "gap": 0, "similarity_ranks": 1, "limit": 1, "cache_gb": 0}
-    for name, smallest in least.items():
-        if given[name] is not None and not given[name] >= smallest:  # NaN included
-            raise InputError(f"{name} is at least {smallest}; found {given[name]}")
+    if not 0 < epsilon <= 1:
+        raise InputError(f"epsilon is a cosine in (0, 1]; found {epsilon}")
+    least = {"k": (k, 1), "null_draws": (null_draws, 0), "null_ranks": (null_ranks, 1), "gap": (gap, 0),
+             "similarity_ranks": (similarity_ranks, 1), "limit": (1 if limit is None else limit, 1),
+             "cache_gb": (cache_gb, 0)}  # fmt: skip
+    for name, (value, smallest) in least.items():
+        if not value >= smallest:  # NaN included
+            raise InputError(f"{name} is at least {smallest}; found {value}")
     if method not in linalg.METHODS:
         raise InputError(f"method is one of {', '.join(linalg.METHODS)}; found {method!r}")
     if ranks is not None and ranks < k:
@@ -182,21 +125,27 @@ def _prepared(
         )
     if side not in ("left", "right", "both"):
         raise InputError(f"side is left, right or both; found {side!r}")
-    names = subject.names(embeddings=given["embeddings"])[: given["limit"]]
+    names = pair.names(embeddings=embeddings)[:limit]
     if not names:
         raise InputError("no matrix to compare: the checkpoints share vectors only, or embeddings alone")
-    store = None if given["cache"] is None else linalg.BasisCache(Path(given["cache"]), int(given["cache_gb"] * 1e9))
-    kept = ("epsilon", "k", "ranks", "method", "null_draws", "gap", "similarity_ranks", "seed")
-    return (
+    store = None if cache is None else linalg.BasisCache(Path(cache), int(cache_gb * 1e9))
+    options = {
+        "epsilon": epsilon, "k": k, "sides": ("left", "right") if side == "both" else (side,), "ranks": ranks,
+        "method": method, "null_draws": null_draws, "null_ranks": max(k, null_ranks), "gap": gap,
+        "similarity_ranks": similarity_ranks, "seed": seed, "device": devices.choose(device),
+    }  # fmt: skip
+    several = isinstance(pair, ModelSeries)
+    rows = each_matrix(
+        pair,
         names,
-        store,
-        {name: given[name] for name in kept}
-        | {
-            "sides": ("left", "right") if side == "both" else (side,),
-            "null_ranks": max(k, given["null_ranks"]),
-            "device": devices.choose(given["device"]),
-        },
+        lambda weight: (
+            _trace(weight, store=store, **options) if several else _measure(weight, store=store, **options)[0]
+        ),
+        progress=progress,
+        partial=partial,
+        arguments=options | {"analysis": "trajectory" if several else "intruders"},
     )
+    return _assemble_trajectory(rows, options, pair.steps) if several else _assemble(rows, options)
 
 
 def _measure(
@@ -451,7 +400,7 @@ def main() -> None:
         several = len(tuned) > 1
         analyse_weights(
             "trajectory" if several else "intruders", base, tuned if several else tuned[0],
-            trace_intruders if several else find_intruders, common,
+            find_intruders, common,
             fused=fused, orientation=orientation, allow_nonfinite=allow_nonfinite, seed=common.seed,
             epsilon=epsilon, k=k, side=side, ranks=ranks, method=method, null_draws=null_draws, embeddings=embeddings,
             cache=cache, cache_gb=cache_gb,

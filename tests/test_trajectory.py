@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from finetune_lens import ModelPair, ModelSeries, find_intruders, linalg, plots, results, trace_intruders
+from finetune_lens import ModelPair, ModelSeries, find_intruders, linalg, plots, results
 from finetune_lens.errors import InputError
 
 UP, DOWN = "model.layers.0.mlp.up_proj.weight", "model.layers.0.mlp.down_proj.weight"
@@ -29,7 +29,7 @@ def planted(steps=(0.0, 0.5, 1.0, 2.0), n=60, seed=0):
 @pytest.mark.parametrize("side", ["left", "both"])
 def test_each_checkpoint_is_as_if_alone(side):
     base, tuned, _ = planted()
-    found = trace_intruders(ModelSeries.load(base, tuned), side=side, **OPTIONS)
+    found = find_intruders(ModelSeries.load(base, tuned), side=side, **OPTIONS)
     for step, one in zip(found.steps, tuned, strict=True):
         alone = find_intruders(ModelPair.load(base, one), side=side, **OPTIONS)
         together = found.at(step)
@@ -41,7 +41,7 @@ def test_each_checkpoint_is_as_if_alone(side):
 
 def test_a_planted_direction_is_followed_while_it_climbs():
     base, tuned, _ = planted()
-    found = trace_intruders(ModelSeries.load(base, tuned, steps=[0, 10, 20, 40]), **OPTIONS)
+    found = find_intruders(ModelSeries.load(base, tuned, steps=[0, 10, 20, 40]), **OPTIONS)
     tracks = found.tracks()
     climbing = tracks[tracks.step == 40].sort_values("rank").iloc[0]
     path = tracks[tracks.track == climbing.track]
@@ -65,7 +65,7 @@ def test_no_link_where_the_directions_differ():
     u, v = (np.linalg.qr(rng.standard_normal((60, 1)))[0][:, 0] for _ in "uv")
     other = dict(other)
     other[UP] = base[UP] + 30 * torch.tensor(np.outer(u, v))
-    found = trace_intruders(ModelSeries.load(base, [one, other]), **OPTIONS)
+    found = find_intruders(ModelSeries.load(base, [one, other]), **OPTIONS)
     tracks = found.tracks()
     strongest = tracks[tracks["rank"] == 1]
     assert strongest.track.nunique() == len(strongest) == 2
@@ -83,7 +83,7 @@ def test_the_base_is_decomposed_once(monkeypatch):
         return decompose(matrix, **options)
 
     monkeypatch.setattr(linalg.routes, "decompose", counted)
-    found = trace_intruders(ModelSeries.load({UP: base}, tuned), ranks=10, null_draws=0, progress=False)
+    found = find_intruders(ModelSeries.load({UP: base}, tuned), ranks=10, null_draws=0, progress=False)
     assert calls.count(True) == 3  # the tuned sides
     assert calls.count(False) == 1 + 3  # the base, and three times what follows from its basis
     assert set(found.data.route.values.ravel()) == {"cached"}
@@ -110,7 +110,7 @@ def test_what_cannot_be_a_series():
         ModelSeries.load(base, tuned[:2], steps=[3, 3])
     with pytest.raises(InputError, match="does not hold the same weights"):
         ModelSeries.load(base, [tuned[0], {UP: tuned[1][UP]}])
-    found = trace_intruders(ModelSeries.load(base, tuned[:2]), **OPTIONS)
+    found = find_intruders(ModelSeries.load(base, tuned[:2]), **OPTIONS)
     with pytest.raises(InputError, match="no checkpoint at step 7"):
         found.at(7)
     with pytest.raises(InputError, match="was not computed"):
@@ -120,14 +120,14 @@ def test_what_cannot_be_a_series():
 def test_a_checkpoint_with_nan_is_named():
     base, tuned, _ = planted()
     tuned[2][UP][3, 4] = torch.nan
-    found = trace_intruders(ModelSeries.load(base, tuned), **OPTIONS)
+    found = find_intruders(ModelSeries.load(base, tuned), **OPTIONS)
     assert list(found.data.matrix.values) == ["layers.0.mlp.down_proj"]
     assert "checkpoint 3" in found.provenance["excluded"]["layers.0.mlp.up_proj"]
 
 
 def test_saved_read_again_and_drawn(tmp_path):
     base, tuned, _ = planted()
-    found = trace_intruders(ModelSeries.load(base, tuned), side="both", **OPTIONS)
+    found = find_intruders(ModelSeries.load(base, tuned), side="both", **OPTIONS)
     again = results.load(found.save(tmp_path / "t.nc"))
     assert again.summary() == found.summary()
     assert again.to_frame().equals(found.to_frame())
@@ -144,7 +144,7 @@ def test_saved_read_again_and_drawn(tmp_path):
 
 def test_nothing_to_follow_is_drawn_too():
     base, tuned, _ = planted()
-    found = trace_intruders(ModelSeries.load({DOWN: base[DOWN]}, [{DOWN: t[DOWN]} for t in tuned]), **OPTIONS)
+    found = find_intruders(ModelSeries.load({DOWN: base[DOWN]}, [{DOWN: t[DOWN]} for t in tuned]), **OPTIONS)
     assert found.tracks().empty
     figure = plots.figures_of(found)["steps"]()
     assert any("no intruder" in text.get_text() for text in figure.axes[1].texts)

@@ -103,7 +103,8 @@ def compare(
         found = replace(right, **{n: _as_right(getattr(right, n)) for n in both})
         if "left" in sides:
             left = _compare(base, tuned, update, sides=("left",), store=store, digest=digest, **options)
-            found = replace(left, **{n: getattr(left, n) | getattr(found, n) for n in both})
+            whole = left if left.route != "certified" else right  # it names the route of what was not proved
+            found = replace(whole, **{n: getattr(left, n) | getattr(found, n) for n in both})
         return found
     return _compare(base, tuned, update, sides=sides, store=store, digest=digest, **options)
 
@@ -228,7 +229,7 @@ def _certified(
     judged: int,
 ) -> Comparison | None:
     """None where the leading tuned vectors do not converge, or squares would overflow or vanish."""
-    if any(scaled(w.to(torch.float64))[1] != 1 for w in (base, tuned) if w is not None):
+    if any(scaled(w)[1] != 1 for w in (base, tuned) if w is not None):
         return None
     side = near_side(base.shape)
     far: Side = "right" if side == "left" else "left"

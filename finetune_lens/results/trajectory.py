@@ -15,7 +15,7 @@ FOLLOWED = 0.5  # |⟨u_j, u_l⟩| from which a vector of the next checkpoint co
 
 
 class Trajectory(Result):
-    """What `trace_intruders` found.
+    """What `find_intruders` found in a `ModelSeries`.
 
     `data` holds, along a first dimension `step`, the variables of `Intruders`, and
 
