@@ -315,3 +315,20 @@ def test_the_longer_side_in_coordinates_of_its_own(shape, side):
     flat = w.clone()
     flat[: 1 if side == "right" else 300, : 1 if side == "left" else 300] = 0  # a vanishing singular value
     assert routes._Weight(flat, None).coordinates(u, near=False) is None
+
+
+def test_a_matrix_proved_on_one_side_names_the_route_of_the_other():
+    """A direction new on the left, deep in the base's bulk on the right."""
+    rng = np.random.default_rng(11)
+    n = 700
+    u, v = (np.linalg.qr(rng.standard_normal((n, n)))[0] for _ in "uv")
+    base = (u * np.linspace(2, 1, n)) @ v.T
+    tuned = base + 30 * np.outer(u @ np.full(n, n**-0.5), v[:, 350])
+    found = linalg.compare(
+        torch.tensor(base), torch.tensor(tuned), None, ranks=1, sides=("left", "right"), judged=1, route="certified",
+        **OPTIONS,
+    )  # fmt: skip
+    assert found.route == "gram"
+    assert len(found.base_values) == n
+    assert [bool(found.certified[side].all()) for side in ("left", "right")] == [True, False]
+    assert float(found.matches["left"].upper[0]) < 0.5 <= float(found.matches["right"].lower[0])
