@@ -46,7 +46,8 @@ def update_in_base(
         base, left, right = base.T, right.T, left.T
     p = near.vectors.shape[1]
     d = near.values
-    both = torch.cat([left.T, right @ base.to(torch.float64).T]) @ near.vectors
+    across = torch.cat([right @ rows.to(torch.float64).T for rows in base.split(256)], 1)  # no float64 copy of the base
+    both = torch.cat([left.T, across]) @ near.vectors
     x, z = both[: left.shape[1]].T, both[left.shape[1] :].T
     gram = right @ right.T
     size = float(d[0]) + float(torch.linalg.matrix_norm(left, 2) * torch.linalg.matrix_norm(right, 2))
