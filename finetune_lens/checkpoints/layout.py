@@ -165,7 +165,12 @@ def lay_out(
         alternating = f"{module}_bias" in shapes and config.get("model_type", "gpt_oss") == "gpt_oss"
         for part in _parts(module, ending, stored, shapes, conv1d):
             if part.component in ("qkv", "gate_up") and part.is_matrix and not fused:
-                rows = _qkv_rows(part, config) if part.component == "qkv" else _gate_up_rows(part, alternating)
+                kind = part.module.rpartition(".")[2]
+                rows = (
+                    qkv_rows(kind, part.shape, config)
+                    if part.component == "qkv"
+                    else _gate_up_rows(part, alternating)
+                )
                 if rows:
                     parts |= {piece.name: piece for piece in _pieces(part, rows)}
                     continue
@@ -286,10 +291,9 @@ def _gate_up_rows(part: Part, alternating: bool) -> Rows | None:
     return {"gate": [(0, out // 2)], "up": [(out // 2, out)]}
 
 
-def _qkv_rows(part: Part, config: dict[str, Any]) -> Rows | None:
-    """The rows of q, k and v; None when what is known does not tell how they are laid out."""
-    kind = part.module.rpartition(".")[2]
-    out, width = part.shape
+def qkv_rows(kind: str, shape: tuple[int, ...], config: dict[str, Any]) -> Rows | None:
+    """The rows of q, k and v in the fused matrix (out, in) of a module called `kind`; None when its layout is unknown."""
+    out, width = shape
     model = config.get("model_type")
     heads = config.get("num_attention_heads") or config.get("n_head") or config.get("n_heads")
     if model in BY_HEAD or (model == "gpt_bigcode" and not config.get("multi_query")):
