@@ -93,7 +93,7 @@ def each_matrix(
     """
     from tqdm import tqdm
 
-    store = _Store(partial, pair.fingerprint, arguments) if partial is not None and pair.fingerprint else None
+    store = Store(partial, pair.fingerprint, arguments) if partial is not None and pair.fingerprint else None
     result = Rows()
     done = {} if store is None else {name: row for name in names if (row := store.get(name)) is not None}
     todo = [name for name in names if name not in done]
@@ -141,7 +141,7 @@ def _in_order(matrices: Iterator[Any], work: Callable[[Any], Row], *, at_once: i
             pool.shutdown(cancel_futures=True)
 
 
-class _Store:
+class Store:
     """Finished rows as .npz files, one a weight."""
 
     def __init__(self, folder: Path, fingerprint: str, arguments: dict[str, Any]):

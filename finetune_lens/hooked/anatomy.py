@@ -66,12 +66,16 @@ class Anatomy:
     Attributes:
         sequential: the MLP reads what attention has written (resid_mid exists); else both read the same residual.
         bypass: what the attention module returns is its output projection of z, nothing more.
+        tuple_output: blocks return a tuple.
+        attention_outputs: how many things the attention module returns.
     """
 
     decoder: nn.Module
     blocks: tuple[Block, ...]
     sequential: bool
     bypass: bool
+    tuple_output: bool
+    attention_outputs: int
 
     @property
     def layers(self) -> int:
@@ -104,7 +108,7 @@ def dissect(model: nn.Module) -> Anatomy:
     config = model.config.get_text_config() if hasattr(model.config, "get_text_config") else model.config
     decoder, blocks = _block_list(model, config)
     found = [_block(block, config) for block in blocks]
-    seen = _probe(model, found[0])
+    seen, shapes = _probe(model, found[0])
     bypass = _same(seen.get("attention"), seen.get("projected"))
     if not bypass and _same(seen.get("attention"), seen.get("projected"), beside=seen["pre"]):
         found = [replace(b, attn_out=b.projection) for b in found]  # Bloom's attention adds the residual itself
@@ -112,7 +116,8 @@ def dissect(model: nn.Module) -> Anatomy:
     if _same(seen.get("mlp_out"), seen["post"]):  # and so do Bloom's and MPT's MLP
         found = [replace(b, mlp_out=_first(b.mlp, DOWN)) for b in found]
     sequential = _same(seen.get("mid"), seen.get("attn_out"), beside=seen["pre"])
-    return Anatomy(decoder, tuple(found), sequential, bypass)
+    counts = shapes.get("attention", 0)
+    return Anatomy(decoder, tuple(found), sequential, bypass and counts > 0, shapes["post"] > 0, counts)
 
 
 def _block_list(model: nn.Module, config: Any) -> tuple[nn.Module, nn.ModuleList]:
@@ -137,9 +142,7 @@ def _block(block: nn.Module, config: Any) -> Block:
     attention, mlp = _first(block, ATTENTION), _first(block, MLP)
     projection, features, heads, d_head = None, {}, 0, 0
     if attention is not None:
-        projection = next(
-            (m for path, m in attention.named_modules() if path.rpartition(".")[2] in PROJECTION), None
-        )
+        projection = next((m for path, m in attention.named_modules() if path.rpartition(".")[2] in PROJECTION), None)
         heads = getattr(config, "num_attention_heads", 0)
         width = _sizes(projection)[1] if projection is not None else 0
         d_head = width // heads if heads and width % heads == 0 else 0
@@ -187,13 +190,15 @@ class _Enough(Exception):
     """The first block is done."""
 
 
-def _probe(model: nn.Module, block: Block) -> dict[str, torch.Tensor]:
-    """What three tokens leave at the joints of the first block."""
+def _probe(model: nn.Module, block: Block) -> tuple[dict[str, torch.Tensor], dict[str, int]]:
+    """What three tokens leave at the joints of the first block, and the lengths of the tuples that come out there."""
     seen: dict[str, torch.Tensor] = {}
+    lengths: dict[str, int] = {}
 
     def after(name: str) -> Any:
         def hook(module: nn.Module, args: Any, output: Any) -> None:
             seen[name] = first(output).detach().float()
+            lengths[name] = len(output) if isinstance(output, tuple) else 0
             if name == "post":
                 raise _Enough
 
@@ -221,7 +226,7 @@ def _probe(model: nn.Module, block: Block) -> dict[str, torch.Tensor]:
     finally:
         for hook in hooks:
             hook.remove()
-    return seen
+    return seen, lengths
 
 
 def _same(one: torch.Tensor | None, other: torch.Tensor | None, beside: torch.Tensor | float = 0.0) -> bool:
@@ -235,5 +240,3 @@ def _same(one: torch.Tensor | None, other: torch.Tensor | None, beside: torch.Te
 def first(output: Any) -> torch.Tensor:
     """A module's output, or the first of several."""
     return output[0] if isinstance(output, tuple | list) else output
-
-

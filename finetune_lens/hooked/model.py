@@ -70,7 +70,7 @@ class HookedModel:
     @functools.cached_property
     def anatomy(self) -> Anatomy:
         """Where the sites are."""
-        with self._side():
+        with self.side():
             return dissect(self.module)
 
     @property
@@ -149,15 +149,15 @@ class HookedModel:
 
             inputs |= {"past_key_values": DynamicCache(), "use_cache": True}
         with ExitStack() as stack:
-            stack.enter_context(self._side())
+            stack.enter_context(self.side())
             stack.enter_context(torch.enable_grad() if gradients else torch.no_grad())
             for name, changes in wanted.items():
                 kind, layer = parse(name)
                 self.require([kind], [layer])
                 touch = _touch(name, changes, captured if name in capture else None, ids.shape, clone=not gradients)
-                stack.enter_context(self._hook(kind, layer, touch, bool(changes) or gradients))
+                stack.enter_context(self.hook(kind, layer, touch, bool(changes) or gradients))
             if any(parse(name)[0] == "pattern" for name in wanted):
-                stack.enter_context(_patterns_visible(self.module))
+                stack.enter_context(patterns_visible(self.module))
             if gradients:
                 stack.enter_context(_embeddings_in_graph(self.module))
             if logits_at is not None:
@@ -172,15 +172,16 @@ class HookedModel:
         if mask is not None and not bool(mask.all()):
             mask = mask.to(self.device)
             inputs["attention_mask"] = mask.long()
-            if self._takes("position_ids"):
+            if self.takes("position_ids"):
                 inputs["position_ids"] = (mask.cumsum(1) - 1).clamp_min(0)
         return inputs
 
-    def _takes(self, argument: str) -> bool:
+    def takes(self, argument: str) -> bool:
+        """Whether the module's forward has this argument."""
         return argument in inspect.signature(self.module.forward).parameters
 
     @contextmanager
-    def _side(self) -> Iterator[None]:
+    def side(self) -> Iterator[None]:
         """The adapter off, where this model is the side without it; evaluation mode, so that nothing is dropped."""
         off = hasattr(self._outer, "disable_adapter") and not self.adapted
         training = self.module.training
@@ -210,7 +211,7 @@ class HookedModel:
             hook.remove()
 
     @contextmanager
-    def _hook(self, kind: str, layer: int, touch: Callable[[Tensor], Tensor], changed: bool) -> Iterator[None]:
+    def hook(self, kind: str, layer: int, touch: Callable[[Tensor], Tensor], changed: bool) -> Iterator[None]:
         """Within: `touch` sees the activation of a site in its own shape, and what it returns stands in its place."""
         block = self.anatomy.blocks[layer]
         if kind in ("resid_pre", "resid_mid", "z"):
@@ -333,7 +334,7 @@ def _attention(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mas
 
 
 @contextmanager
-def _patterns_visible(model: nn.Module) -> Iterator[None]:
+def patterns_visible(model: nn.Module) -> Iterator[None]:
     """Within: attention is computed by `_attention`."""
     from transformers import AttentionInterface, AttentionMaskInterface
     from transformers.masking_utils import eager_mask

@@ -16,7 +16,9 @@ RESIDUAL = ("resid_pre", "resid_mid", "resid_post")
 OUTPUTS = ("attn_out", "mlp_out")
 HEADS = ("z", "q", "k", "v", "pattern")  # (batch, pos, head, d_head), but the pattern (batch, head, query, key)
 KINDS = (*RESIDUAL, *OUTPUTS, *HEADS)
-NAME = re.compile(r"blocks\.(\d+)\.(?:attn\.hook_(z|q|k|v|pattern)|hook_(resid_pre|resid_mid|resid_post|attn_out|mlp_out))")
+NAME = re.compile(
+    r"blocks\.(\d+)\.(?:attn\.hook_(z|q|k|v|pattern)|hook_(resid_pre|resid_mid|resid_post|attn_out|mlp_out))"
+)
 
 
 def site_name(kind: str, layer: int) -> str:
