@@ -88,7 +88,7 @@ class Anatomy:
         block = self.blocks[layer]
         if kind in ("attn_out", "pattern") and block.attention is None:
             return "this block has no attention"
-        if kind == "z" and (block.projection is None or not block.heads):
+        if kind in ("z", "result") and (block.projection is None or not block.heads):
             return "the heads cannot be told apart at the attention's output projection"
         if kind in ("q", "k", "v") and kind not in block.features:
             return "its projections are fused in a way that is not known here"
@@ -214,8 +214,11 @@ def _probe(model: nn.Module, block: Block) -> tuple[dict[str, torch.Tensor], dic
     if block.before_mlp is not None:
         hooks.append(block.before_mlp.register_forward_pre_hook(before("mid"), with_kwargs=True))
     places = {
-        "attention": block.attention, "projected": block.projection, "attn_out": block.attn_out, "mlp_out": block.mlp_out
-    }  # fmt: skip
+        "attention": block.attention,
+        "projected": block.projection,
+        "attn_out": block.attn_out,
+        "mlp_out": block.mlp_out,
+    }
     hooks += [m.register_forward_hook(after(name)) for name, m in places.items() if m is not None]
     hooks.append(block.module.register_forward_hook(after("post")))
     try:

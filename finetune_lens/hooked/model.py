@@ -24,7 +24,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
 from finetune_lens.errors import InputError
-from finetune_lens.hooked.anatomy import Anatomy, dissect, first
+from finetune_lens.hooked.anatomy import Anatomy, Block, dissect, first
 from finetune_lens.hooked.sites import parse, site_name
 
 Edit = tuple[str, Tensor | Callable[[Tensor], Tensor]]  # site name, and the new value or a function of the old one
@@ -217,6 +217,8 @@ class HookedModel:
         if kind in ("resid_pre", "resid_mid", "z"):
             module = {"resid_pre": block.module, "resid_mid": block.before_mlp, "z": block.projection}[kind]
             hook = module.register_forward_pre_hook(_at_input(kind, block.d_head, touch, changed), with_kwargs=True)
+        elif kind == "result":
+            hook = block.projection.register_forward_hook(_at_results(block, touch, changed))
         elif kind == "pattern":
             hook = _PatternHook(block.attention, touch, changed)
         elif kind in ("q", "k", "v"):
@@ -270,6 +272,30 @@ def _at_input(kind: str, d_head: int, touch: Callable[[Tensor], Tensor], changed
             return None
         new = new.flatten(-2) if kind == "z" else new
         return ((new, *args[1:]), kwargs) if args else (args, kwargs | {"hidden_states": new})
+
+    return hook
+
+
+def results(block: Block, z: Float[Tensor, "*n head d_head"]) -> Float[Tensor, "*n head d_model"]:
+    """What each head alone adds to the attention's output: the output projection of its z, without the bias."""
+    alone = torch.diag_embed(z.movedim(-2, -1)).movedim(-3, -1)  # (*n, head, head, d_head): row h has only head h
+    project = block.projection.forward  # without the hooks on it
+    return project(alone.flatten(-2)) - project(torch.zeros_like(alone[..., :1, :, :].flatten(-2)))
+
+
+def result_of(block: Block, z: Float[Tensor, "n d_head"], head: Int[Tensor, " n"]) -> Float[Tensor, "n d_model"]:
+    """What one head alone adds to the attention's output; `head` says which."""
+    alone = z.new_zeros(len(z), block.heads, block.d_head)
+    alone[torch.arange(len(z), device=z.device), head.to(z.device)] = z
+    project = block.projection.forward
+    return project(alone.flatten(-2)) - project(torch.zeros_like(alone[:1]).flatten(-2))
+
+
+def _at_results(block: Block, touch: Callable[[Tensor], Tensor], changed: bool) -> Callable:
+    def hook(module: nn.Module, args: tuple, output: Tensor) -> Tensor | None:
+        old = results(block, args[0].unflatten(-1, (-1, block.d_head)))
+        new = touch(old)
+        return output + (new - old).sum(-2) if changed else None
 
     return hook
 

@@ -19,11 +19,11 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
 from finetune_lens.hooked.anatomy import first
-from finetune_lens.hooked.model import Edit, HookedModel, patterns_visible
+from finetune_lens.hooked.model import Edit, HookedModel, patterns_visible, result_of
 from finetune_lens.hooked.sites import site_name
 
 # Kinds of sites that lie behind attention within their block: a row patched there needs no attention at that layer.
-BEHIND_ATTENTION = ("z", "attn_out", "resid_mid", "mlp_out")
+BEHIND_ATTENTION = ("z", "result", "attn_out", "resid_mid", "mlp_out")
 
 
 @dataclass(frozen=True)
@@ -75,7 +75,8 @@ def record(
 class Change:
     """New values at one site for some rows: `values[i]` at (row[i], column[i]) and, where given, head[i].
 
-    Of a pattern, `values[i]` (query, key) replaces the whole map of head[i] in row[i].
+    Of a pattern, `values[i]` (query, key) replaces the whole map of head[i] in row[i]; of a head's result, `values[i]`
+    (d_model) replaces what that head adds to the attention's output.
     """
 
     row: Int[Tensor, " n"]
@@ -140,9 +141,11 @@ class _Pass:
             if self.blocks[-1].mlp is not None:
                 stack.enter_context(_forward(self.blocks[-1].mlp, self._last_mlp))
             for kind, layer in self.changes:
-                if kind not in ("resid_pre", "z") and (kind, layer) != ("resid_post", len(self.blocks) - 1):
+                if kind not in ("resid_pre", "z", "result") and (kind, layer) != ("resid_post", len(self.blocks) - 1):
                     touch = self._touch(kind, layer)
                     stack.enter_context(self.model.hook(kind, layer, touch, changed=True))
+                elif kind == "result":
+                    stack.enter_context(self._results(layer))
                 elif kind == "z":
                     stack.enter_context(self.model.hook(kind, layer, self._touch_z(layer), changed=True))
             if any(kind == "pattern" for kind, _ in self.changes):
@@ -237,6 +240,23 @@ class _Pass:
             return x.index_put((row, head), values[:, self.start :])
         at = (row, column) if head is None else (row, column, head)
         return x.index_put(tuple(i.to(x.device) for i in at), values)
+
+    @contextmanager
+    def _results(self, layer: int) -> Iterator[None]:
+        block, change = self.blocks[layer], self.changes["result", layer]
+
+        def hook(module: nn.Module, args: tuple, output: Tensor) -> Tensor:
+            inside = (change.row >= self._offset) & (change.row < self._offset + len(output))
+            at = (change.row[inside] - self._offset, change.column[inside])
+            head, values = change.head[inside], change.values[inside.to(change.values.device)].to(output)
+            now = result_of(block, args[0].unflatten(-1, (-1, block.d_head))[at][torch.arange(len(head)), head], head)
+            return output.index_put(at, values - now, accumulate=True)
+
+        handle = block.projection.register_forward_hook(hook)
+        try:
+            yield
+        finally:
+            handle.remove()
 
     def _last_mlp(self, original: Callable, hidden: Tensor, *rest: Any, **kwargs: Any) -> Any:
         """Of the last MLP, only what the read columns get; zero elsewhere, where nothing looks."""

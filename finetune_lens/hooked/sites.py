@@ -14,10 +14,11 @@ from finetune_lens.errors import InputError
 
 RESIDUAL = ("resid_pre", "resid_mid", "resid_post")
 OUTPUTS = ("attn_out", "mlp_out")
-HEADS = ("z", "q", "k", "v", "pattern")  # (batch, pos, head, d_head), but the pattern (batch, head, query, key)
+# (batch, pos, head, d_head); the pattern is (batch, head, query, key), a head's result (batch, pos, head, d_model).
+HEADS = ("z", "q", "k", "v", "pattern", "result")
 KINDS = (*RESIDUAL, *OUTPUTS, *HEADS)
 NAME = re.compile(
-    r"blocks\.(\d+)\.(?:attn\.hook_(z|q|k|v|pattern)|hook_(resid_pre|resid_mid|resid_post|attn_out|mlp_out))"
+    r"blocks\.(\d+)\.(?:attn\.hook_(z|q|k|v|pattern|result)|hook_(resid_pre|resid_mid|resid_post|attn_out|mlp_out))"
 )
 
 
