@@ -487,7 +487,8 @@ def _inside(
         return [[token not in special for token in row] for row in tokens]
     offsets = tokenizer(texts, add_special_tokens=False, return_offsets_mapping=True)["offset_mapping"]
     return [
-        [start < last and (end > first or first <= start) for start, end in row]  # white space may have no width
+        # the span of white space may be trimmed to its end
+        [end > first and (start < last or start == end == last) for start, end in row]
         for (first, last), row in zip(spans, offsets, strict=True)
     ]
 

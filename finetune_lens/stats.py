@@ -141,9 +141,7 @@ def _blocks(count: int, resamples: int) -> Iterator[slice]:
 
 def _means(values: np.ndarray, present: np.ndarray, resamples: int, seed: int) -> np.ndarray:
     """Means of the resampled examples that are present, (entry, resample); NaN where none of them was drawn."""
-    means = np.full((len(values), resamples), np.nan)
-    if not values.shape[1]:
-        return means
+    means = np.empty((len(values), resamples))
     held = np.where(present, values, 0)
     there = None if present.all() else present.astype(np.float64)
     at = 0

@@ -280,7 +280,7 @@ def test_alternatives_are_kept_once_each():
     assert found.answers.tolist() == [[[token("ĠParis"), token("ĠRome")]], [[token("Ġcity"), -1]]]
     assert found.wrongs.shape == (2, 0)
     assert encode([Prompt("The ", ("city", " city"), ("is", " is"))], words()).answers.shape == (1, 1, 1), "one token"
-    assert encode([Prompt("The", ("city",), ("is", " is"))], words()).wrongs.shape == (1, 1)
+    assert encode([Prompt("The ", ("city",), ("is", " is"))], words()).wrongs.shape == (1, 1)
 
 
 def test_a_token_across_the_end_of_the_prompt_is_refused():
@@ -299,7 +299,7 @@ def test_a_token_across_the_end_of_the_prompt_is_refused():
 
 def test_an_answer_of_several_tokens_is_refused_unless_scored_whole():
     tokenizer = bpe(front=["<bos>"])
-    prompts = [Prompt("The city", " Rome is a city"), Prompt("The big river and the", " river")]
+    prompts = [Prompt("The city", " Rome is a city", " Paris is a river"), Prompt("The big river and the", " river")]
     with pytest.raises(
         InputError, match=r"prompt 1: the answer ' Rome is a city' is 4 tokens, ' Rome' \+ .*whole=True"
     ):
@@ -388,7 +388,7 @@ def test_what_the_vocabulary_does_not_hold_is_named():
     with pytest.raises(InputError, match="no token for 'Spain'"):
         encode([Prompt("The <unk> of Spain", " is")], words())
     with pytest.raises(InputError, match="prompt 2: the tokenizer has no token for 'Spain' in 'The"):
-        encode([PARIS, Prompt("The capital of Spain is", " Paris")], words(unknown=None))
+        encode([PARIS, Prompt("The capital of Spain is", " Paris")], words(unknown="[none]"))
     with pytest.raises(InputError, match="prompt 1: the tokenizer has no token for 'é' in"):
         encode([Prompt("caf" + "é", "a")], letters())
     from transformers import AutoTokenizer
@@ -423,13 +423,14 @@ def test_a_chat_template_is_put_around_the_text():
     assert whole.text_columns.sum() == 2
 
 
-def test_white_space_inside_the_text_is_text():
+def test_white_space_of_the_text_is_text():
     from tokenizers import processors
 
-    tokenizer = bpe(template=CHAT)
+    tokenizer = bpe(template="<|user|>is {{ messages[0]['content'] }}<|model|>")
     tokenizer.backend_tokenizer.post_processor = processors.ByteLevel(trim_offsets=True)  # as GPT-2 has it
-    found = encode([Prompt("The \n  city", "Rome")], tokenizer, template=True)
-    assert tokenizer.decode(found.ids[0, found.text_columns[0]]) == "The \n  city"
+    for text in ("  The \n  city", "  city  ", " ", " The ☃\t"):
+        found = encode([Prompt(text, "Rome")], tokenizer, template=True)
+        assert tokenizer.decode(found.ids[0, found.text_columns[0]]) == text
 
 
 def test_templates_that_do_not_do():
@@ -441,6 +442,7 @@ def test_templates_that_do_not_do():
         "{% for m in messages %}{{ m['content'] }}{{ m['content'] }}{% endfor %}": "does not hold",
         "<|user|>{{ messages[0]['content'] | upper }}<|model|>": "does not hold 'The city' in one piece: .*THE CITY",
         "{{ messages[0]['content'] }}{{ messages[0]['content'] | length }}": "does not hold",
+        "{{ messages[0]['content'] | replace('city', 'town') }}": "does not hold 'The city' in one piece: 'The town'",
     }.items():
         with pytest.raises(InputError, match=says):
             encode([Prompt("The city", " Rome")], bpe(template=template), template=True)
@@ -512,7 +514,9 @@ def test_prompts_that_do_not_align_are_refused():
 
 def test_a_tokenizer_is_the_same_as_itself():
     assert same_tokenizer(bpe(), bpe()) == []
-    assert same_tokenizer(words(unknown=None), words(unknown=None)) == [], "not even one that reads none of the texts"
+    assert same_tokenizer(words(unknown="[none]"), words(unknown="[none]")) == [], (
+        "not even one that reads none of the texts"
+    )
     assert same_tokenizer(letters(), letters()) == []
     assert same_tokenizer(bpe(), bpe(extra=["<new>"])) == [], "a token at the end changes nothing for the others"
 

@@ -111,6 +111,7 @@ def test_too_few_examples_have_no_interval(examples):
     ratio, low, high = interval_of_ratio(values, np.full(examples, 2.0))
     assert np.isnan([low, high]).all()
     assert np.array_equal(ratio, [0.5, 0.5] if examples else [np.nan, np.nan], equal_nan=True)
+    assert np.isnan(interval_of_ratio(values, np.zeros(examples))).all()
 
 
 def test_missing_examples_are_left_out(rng):
