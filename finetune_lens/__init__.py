@@ -16,11 +16,14 @@ __all__ = [
     "InputError",
     "ModelPair",
     "ModelSeries",
+    "cross_patch",
     "find_intruders",
     "load",
     "measure_updates",
+    "patch",
     "plots",
     "results",
+    "trace",
     "zoo",
 ]
 
@@ -29,9 +32,12 @@ _WHERE = {
     "InputError": "errors",
     "ModelPair": "pair",
     "ModelSeries": "pair",
+    "cross_patch": "cmap",
     "find_intruders": "intruders",
     "measure_updates": "updates",
     "load": "results",
+    "patch": "patching",
+    "trace": "patching",
     "plots": "plots",
     "results": "results",
     "zoo": "zoo",
@@ -39,9 +45,11 @@ _WHERE = {
 
 if TYPE_CHECKING:  # for editors
     from finetune_lens import plots, results, zoo
+    from finetune_lens.cmap import cross_patch
     from finetune_lens.errors import InputError
     from finetune_lens.intruders import find_intruders
     from finetune_lens.pair import ModelPair, ModelSeries
+    from finetune_lens.patching import patch, trace
     from finetune_lens.results import load
     from finetune_lens.updates import measure_updates
 

@@ -9,6 +9,7 @@ import functools
 import inspect
 import json
 import os
+import re
 import shutil
 import signal
 import sys
@@ -24,6 +25,7 @@ from finetune_lens.errors import InputError
 from finetune_lens.files import whole_file
 
 if TYPE_CHECKING:
+    from finetune_lens.pair import ModelPair
     from finetune_lens.results import Result
 
 Base = Annotated[
@@ -37,6 +39,13 @@ Fused = Annotated[bool, typer.Option("--fused", help="Keep fused q/k/v and gate/
 Orientation = Annotated[
     str, typer.Option(help="GPT-2-style weights: auto (from the shapes), conv1d (in, out), linear (out, in).")
 ]
+# Help of options that the patching commands share.
+SITES = "resid_pre, resid_mid, resid_post, attn_out, mlp_out, z, q, k, v, pattern or result."
+BY = "The grid, of layer,head,position.  [default: layer,position; of heads layer,head]"
+SETS = 'JSON: named sets of places patched together, {"name": ["blocks.3.attn.hook_z[7]@-1"]}.'
+METRIC = "logit_diff, logprob, prob, reciprocal_rank, accuracy or kl."
+ALIGN = "Which positions correspond where prompts differ in length: left, right, or error."
+WHOLE = "Score all tokens of the answer by their summed log-probability (with --metric logprob)."
 AllowNonfinite = Annotated[
     bool, typer.Option("--allow-nonfinite", help="Exit 0 although weights with NaN or Inf were left out.")
 ]
@@ -69,6 +78,89 @@ class Common(Basic):
     json: Annotated[bool, typer.Option("--json", help="Print one JSON object on standard output.")] = False
     plots: Annotated[bool, typer.Option("--plots/--no-plots", help="Draw the figures.")] = True
     online: Annotated[bool, typer.Option("--online", help="Ask the hub for what is not cached.")] = False
+
+
+def _batch_size(text: str) -> int | None:
+    """A number, or None for "auto"."""
+    if text == "auto":
+        return None
+    if not text.isdigit() or int(text) < 1:
+        raise typer.BadParameter(f"expected auto or a number from 1 on; found {text!r}")
+    return int(text)
+
+
+@dataclasses.dataclass(kw_only=True)
+class Running(Common):
+    """The options that every analysis which runs models has."""
+
+    dtype: Annotated[
+        str, typer.Option(help="float32, bfloat16, float16, float64; auto: as stored, float32 on a CPU.")
+    ] = "auto"
+    batch_size: Annotated[
+        Any, typer.Option(parser=_batch_size, metavar="N", help="Examples at once, or auto.", show_default="auto")
+    ] = None
+    config: Annotated[
+        Path | None,
+        typer.Option(help="config.json (or its folder) of weights that have none beside them.", show_default=False),
+    ] = None
+    tokenizer: Annotated[
+        Path | None, typer.Option(help="Folder of a tokenizer that is not beside the weights.", show_default=False)
+    ] = None
+
+    def pair(self, base: str, tuned: str) -> "ModelPair":
+        """Base and tuned, aligned, with a word on how."""
+        from finetune_lens.pair import ModelPair
+
+        pair = ModelPair.load(base, tuned, online=self.online, config=self.config, tokenizer=self.tokenizer)
+        self.say(pair.alignment.summary())
+        return pair
+
+    def execution(self) -> dict[str, Any]:
+        """What every analysis takes of these."""
+        return {
+            "device": self.device,
+            "dtype": self.dtype,
+            "batch_size": self.batch_size,
+            "limit": self.limit,
+            "progress": not self.quiet,
+        }
+
+
+def numbers(text: str) -> list[int]:
+    """`0,3-5,-1` as [0, 3, 4, 5, -1].
+
+    Raises:
+        InputError: not such a list.
+    """
+    found: list[int] = []
+    for part in text.split(","):
+        match = re.fullmatch(r"\s*(-?\d+)(?:-(\d+))?\s*", part)
+        if match is None:
+            raise InputError(f"expected numbers such as 0,3-5,-1; found {text!r}")
+        first = int(match[1])
+        found += [first] if match[2] is None else range(first, int(match[2]) + 1)
+    return found
+
+
+def read_sets(path: Path | None) -> dict[str, list[str]] | None:
+    """The sets of places in a JSON file.
+
+    Raises:
+        InputError: no such file, or something else in it.
+    """
+    if path is None:
+        return None
+    try:
+        sets = json.loads(path.read_text())
+    except FileNotFoundError:
+        raise InputError(f"no such file: {path}") from None
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise InputError(f"{path} is not valid JSON: {error}") from None
+    if not isinstance(sets, dict) or not all(
+        isinstance(places, list) and all(isinstance(p, str) for p in places) for places in sets.values()
+    ):
+        raise InputError(f"{path}: expected an object of names and lists of places")
+    return sets
 
 
 class CheckFailed(Exception):
@@ -216,6 +308,23 @@ class OutputFolder:
         return written
 
 
+def finish(result: "Result", folder: OutputFolder, common: Common, **facts: Any) -> None:
+    """The end of every analysis: save the result, draw its figures, tell what it says (`facts` go into the JSON)."""
+    folder.write(result)
+    figures = []
+    if common.plots:
+        from finetune_lens import plots
+
+        figures = folder.draw(plots.figures_of(result))
+    if common.json:
+        record = {"kind": folder.name, "out": str(folder.path), "headline": result.headline()}
+        record |= facts | {"figures": [str(p) for p in figures]}
+        print(json.dumps(record, ensure_ascii=False, allow_nan=False))
+    else:
+        print(result.summary())
+        common.say(f"saved in {folder.path}/" + (f"; figures in {folder.path / 'figures'}/" if figures else ""))
+
+
 def analyse_weights(
     name: str,
     base: str,
@@ -245,25 +354,8 @@ def analyse_weights(
         partial=folder.partial,
         **options,
     )
-    folder.write(result)
-    figures = []
-    if common.plots:
-        from finetune_lens import plots
-
-        figures = folder.draw(plots.figures_of(result))
-    if common.json:
-        record = {
-            "kind": name,
-            "out": str(folder.path),
-            "headline": result.headline(),
-            "alignment": pair.alignment.summary().splitlines(),
-            "excluded": result.provenance["excluded"],
-            "figures": [str(p) for p in figures],
-        }
-        print(json.dumps(record, ensure_ascii=False, allow_nan=False))
-    else:
-        print(result.summary())
-        common.say(f"saved in {folder.path}/" + (f"; figures in {folder.path / 'figures'}/" if figures else ""))
+    facts = {"alignment": pair.alignment.summary().splitlines(), "excluded": result.provenance["excluded"]}
+    finish(result, folder, common, **facts)
     if result.provenance["excluded"] and not allow_nonfinite:
         raise CheckFailed(
             f"{len(result.provenance['excluded'])} weights hold NaN or Inf and were left out (listed above); "

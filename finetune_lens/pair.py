@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     import torch
 
     from finetune_lens.checkpoints import Checkpoint, Layout, LowRank, Part
+    from finetune_lens.hooked import HookedModel
 
 VOCABULARY_AXIS = {"embed": 1, "unembed": 0, "pos": 1}  # of the (out, in) matrix
 
@@ -188,16 +189,29 @@ class ModelPair:
         parts: dict[str, tuple],
         alignment: Alignment,
         options: dict[str, Any],
+        *,
+        config: Any = None,
+        tokenizer: Any = None,
     ):
         self.base_checkpoint = base
         self.tuned_checkpoint = tuned
         self.alignment = alignment
         self.options = options  # what `load` was given
+        self.config, self.tokenizer = config, tokenizer
         self._parts: dict[str, tuple[Part, Part | Callable[[], LowRank]]] = parts
+        self._models: dict[tuple, tuple[HookedModel, HookedModel]] = {}
 
     @classmethod
     def load(
-        cls, base: Any, tuned: Any, *, online: bool = False, fused: bool = False, orientation: str = "auto"
+        cls,
+        base: Any,
+        tuned: Any,
+        *,
+        online: bool = False,
+        fused: bool = False,
+        orientation: str = "auto",
+        config: Any = None,
+        tokenizer: Any = None,
     ) -> "ModelPair":
         """Open two models and align them.
 
@@ -207,6 +221,8 @@ class ModelPair:
             online: ask the hub for what is not cached.
             fused: compare fused q/k/v and gate/up tensors in one piece instead of split.
             orientation: of GPT-2-style modules: "auto" (from the shapes), "conv1d" (in, out) or "linear" (out, in).
+            config: to run weights that have no config.json beside them: that file, its folder, or a mapping.
+            tokenizer: where none lies beside the weights: its folder, or the tokenizer.
 
         Raises:
             InputError: not a checkpoint, damaged, quantised in an unknown way, or not two versions of one model.
@@ -245,7 +261,38 @@ class ModelPair:
         deep = [name for name, (part, _) in parts.items() if len(part.shape) > 2]
         if deep:
             alignment.notes.append(f"{len(deep)} tensors of more than two dimensions are no matrices: {_few(deep)}")
-        return cls(one, other, parts, alignment, {"fused": fused, "orientation": orientation, "online": online})
+        options = {"fused": fused, "orientation": orientation, "online": online}
+        return cls(one, other, parts, alignment, options, config=config, tokenizer=tokenizer)
+
+    def models(self, *, device: Any = "auto", dtype: str = "auto") -> "tuple[HookedModel, HookedModel]":
+        """Base and tuned as models that run; built once for each device and dtype.
+
+        An adapter shares the base's weights where switching it off gives the base exactly.
+
+        Raises:
+            InputError: weights without a config, or that do not fit it.
+
+        Cost: both models in memory (of an adapter on a shared base: one).
+        """
+        from finetune_lens.hooked.loading import load_pair
+
+        key = (repr(device), dtype)
+        if key not in self._models:
+            self._models[key] = load_pair(
+                self.base_checkpoint, self.tuned_checkpoint, config=self.config, tokenizer=self.tokenizer,
+                device=device, dtype=dtype,
+            )  # fmt: skip
+        return self._models[key]
+
+    @property
+    def base(self) -> "HookedModel":
+        """The base as a model that runs."""
+        return self.models()[0]
+
+    @property
+    def tuned(self) -> "HookedModel":
+        """The tuned model, likewise."""
+        return self.models()[1]
 
     def names(self, *, matrices: bool = True, embeddings: bool = True, vectors: bool = False) -> list[str]:
         """Names of the aligned weights, in the order of the base's file."""

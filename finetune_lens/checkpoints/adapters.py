@@ -64,6 +64,7 @@ def open_adapter(folder: Path) -> Checkpoint:
             "peft_type": kind,
             "rank": config.get("r"),
             "base_model_name_or_path": config.get("base_model_name_or_path"),
+            "adapter": str(folder),
         },
         fingerprint=fingerprint([file, folder / "adapter_config.json"]),
     )
@@ -169,6 +170,7 @@ def merge_adapter(base: Checkpoint, adapter: Checkpoint) -> Checkpoint:
             f"PEFT says: {reason}"
         ) from None
     checkpoint = from_module(merged)
+    checkpoint.module = None  # it runs as an adapter on its base
     checkpoint.source, checkpoint.config, checkpoint.fingerprint = adapter.source, base.config, adapter.fingerprint
     checkpoint.notes = [f"{kind} adapter merged by PEFT in float32"]
     checkpoint.origin = {k: v for k, v in adapter.origin.items() if k != "merge"}

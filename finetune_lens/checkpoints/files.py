@@ -284,6 +284,7 @@ def _untied(tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
 
 def from_module(module: torch.nn.Module) -> Checkpoint:
     """A model in memory. A PEFT model is merged in a copy: what it computes is what is compared."""
+    whole = module
     if hasattr(module, "get_base_model"):
         from finetune_lens.checkpoints.adapters import merged_copy
 
@@ -292,6 +293,7 @@ def from_module(module: torch.nn.Module) -> Checkpoint:
     checkpoint = _from_tensors(state, f"{type(module).__name__} in memory")
     config = getattr(module, "config", None)
     checkpoint.config = config.to_dict() if hasattr(config, "to_dict") else None
+    checkpoint.module = whole
     return checkpoint
 
 

@@ -167,9 +167,7 @@ def lay_out(
             if part.component in ("qkv", "gate_up") and part.is_matrix and not fused:
                 kind = part.module.rpartition(".")[2]
                 rows = (
-                    qkv_rows(kind, part.shape, config)
-                    if part.component == "qkv"
-                    else _gate_up_rows(part, alternating)
+                    qkv_rows(kind, part.shape, config) if part.component == "qkv" else _gate_up_rows(part, alternating)
                 )
                 if rows:
                     parts |= {piece.name: piece for piece in _pieces(part, rows)}
@@ -292,7 +290,7 @@ def _gate_up_rows(part: Part, alternating: bool) -> Rows | None:
 
 
 def qkv_rows(kind: str, shape: tuple[int, ...], config: dict[str, Any]) -> Rows | None:
-    """The rows of q, k and v in the fused matrix (out, in) of a module called `kind`; None when its layout is unknown."""
+    """The rows of q, k and v in the fused matrix (out, in) of a module called `kind`; None where that is not known."""
     out, width = shape
     model = config.get("model_type")
     heads = config.get("num_attention_heads") or config.get("n_head") or config.get("n_heads")

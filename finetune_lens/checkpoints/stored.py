@@ -62,6 +62,7 @@ class Checkpoint:
     notes: list[str] = field(default_factory=list)
     origin: dict[str, Any] = field(default_factory=dict)  # for the record: files, revision
     fingerprint: str = ""  # changes when the files change
+    module: Any = None  # the model itself, where it came as one
 
     @property
     def is_adapter(self) -> bool:

@@ -54,14 +54,24 @@ class HookedModel:
         name: what to call it in messages.
         adapted: of a PEFT model: whether its adapter is on in this model's runs. Two hooked models may share one
             module, one with and one without its adapter.
+        fingerprint: of the files it came from; "" when there are none.
     """
 
-    def __init__(self, module: nn.Module, tokenizer: Any = None, *, name: str = "", adapted: bool = True):
+    def __init__(
+        self,
+        module: nn.Module,
+        tokenizer: Any = None,
+        *,
+        name: str = "",
+        adapted: bool = True,
+        fingerprint: str = "",
+    ):
         self._outer = module
         self.module = module.get_base_model() if hasattr(module, "get_base_model") else module
         self.tokenizer = tokenizer
         self.name = name or type(self.module).__name__
         self.adapted = adapted
+        self.fingerprint = fingerprint
         if not callable(getattr(self.module, "get_output_embeddings", None)) or not hasattr(self.module, "config"):
             raise InputError(
                 f"{self.name}: expected a Hugging Face causal language model, found {type(self.module).__name__}"
@@ -97,7 +107,15 @@ class HookedModel:
 
     def describe(self) -> dict[str, Any]:
         """What it is, for the record."""
-        return {"model": self.name, "class": type(self.module).__name__, "dtype": str(self.dtype).split(".")[-1]}
+        kind, dtype = type(self.module).__name__, str(self.dtype).removeprefix("torch.")
+        facts = {"model": self.name, "class": kind, "dtype": dtype, "device": str(self.device)}
+        return facts | ({"files_sha256": self.fingerprint} if self.fingerprint else {})
+
+    def require_tokenizer(self) -> Any:
+        """The tokenizer; InputError where there is none."""
+        if self.tokenizer is None:
+            raise InputError(f"{self.name} has no tokenizer beside its weights; name a folder with one (--tokenizer)")
+        return self.tokenizer
 
     def require(self, kinds: Sequence[str], layers: Sequence[int]) -> None:
         """Raise InputError where one of these sites does not exist."""
@@ -294,8 +312,12 @@ def result_of(block: Block, z: Float[Tensor, "n d_head"], head: Int[Tensor, " n"
 def _at_results(block: Block, touch: Callable[[Tensor], Tensor], changed: bool) -> Callable:
     def hook(module: nn.Module, args: tuple, output: Tensor) -> Tensor | None:
         old = results(block, args[0].unflatten(-1, (-1, block.d_head)))
-        new = touch(old)
-        return output + (new - old).sum(-2) if changed else None
+        if not changed:
+            touch(old)
+            return None
+        old = old.detach()  # upstream of here the output itself carries the graph
+        new = touch(old.clone().requires_grad_(torch.is_grad_enabled()))
+        return output + (new - old).sum(-2)
 
     return hook
 

@@ -15,7 +15,13 @@ if TYPE_CHECKING:
     import xarray as xr
 
 # Module of this package → its result type.
-KINDS = {"intruders": "Intruders", "trajectory": "Trajectory", "updates": "Updates"}
+KINDS = {
+    "intruders": "Intruders",
+    "trajectory": "Trajectory",
+    "updates": "Updates",
+    "patching": "Patching",
+    "cmap": "CrossPatching",
+}
 
 
 class Result:

@@ -35,7 +35,7 @@ def recorded(function: Callable[..., Result]) -> Callable[..., Result]:
         defaulted = {k: v for k, v in list(bound.arguments.items())[1:] if k not in given and k not in NOT_ARGUMENTS}
         record = {
             "analysis": function.__name__,
-            "inputs": subject.describe(),
+            "inputs": subject.describe() if hasattr(subject, "describe") else str(subject),
             "arguments": given,
             "defaults": defaulted,
             "versions": _versions(),
@@ -51,7 +51,7 @@ def recorded(function: Callable[..., Result]) -> Callable[..., Result]:
     return run
 
 
-NOT_ARGUMENTS = ("progress", "partial")
+NOT_ARGUMENTS = ("progress", "partial", "prompts", "tokenizer")
 
 
 @functools.cache

@@ -1,0 +1,256 @@
+"""Where does the tuned model's gain live? Patch activations across models on the same prompt (CMAP).
+
+Cross-model activation patching (Prakash et al. 2024, "Fine-Tuning Enhances Existing Mechanisms", arXiv 2402.14811, §5):
+both models read the same prompt; the donor's activation at a place is put into the recipient's run, which goes on
+with its own weights. At `z` (the input of the attention's output projection) the recipient's own W_O reads it, as
+published: an edit of a head's W_V is seen there, an edit of its W_O reads exactly 0. At `result` the head's whole
+output comes from the donor, its W_O included.
+
+    effect      m(patched) − m(recipient), signed: a place can hurt
+    recovery    effect / (m(donor) − m(recipient)), a ratio of means, examples resampled
+
+Controls: a run patched with itself everywhere (must change nothing), and donors run on another prompt of the same
+length, over the same grid: what an activation of that model does at all, whatever the prompt.
+
+Cost: as patching, for each direction; the random donor as much again.
+
+>>> from finetune_lens import ModelPair, zoo
+>>> folder = zoo.path("strings")
+>>> prompts = [{"prompt": f"<flip>{text}=", "answer": "a", "wrong": "b"} for text in ("abz", "gkz", "ttz")]
+>>> found = cross_patch(ModelPair.load(folder / "base", folder / "full"), prompts, progress=False)
+>>> float(found.data.self_donor.max())
+0.0
+"""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import numpy as np
+
+from finetune_lens.command import ALIGN, BY, METRIC, SETS, SITES, WHOLE, read_sets
+from finetune_lens.errors import InputError
+from finetune_lens.results.provenance import recorded
+
+if TYPE_CHECKING:
+    import xarray as xr
+
+    from finetune_lens.hooked.effects import Direction, Options
+    from finetune_lens.hooked.grid import Aligned, Grid
+    from finetune_lens.pair import ModelPair
+    from finetune_lens.results.cmap import CrossPatching
+
+DIRECTIONS = ("tuned→base", "base→tuned")
+ASCII = {"tuned->base": DIRECTIONS[0], "base->tuned": DIRECTIONS[1]}
+
+
+@recorded
+def cross_patch(
+    pair: "ModelPair",
+    prompts: Any,
+    *,
+    site: str = "z",
+    direction: str = "both",
+    by: Sequence[str] | None = None,
+    layers: Sequence[int] | None = None,
+    heads: Sequence[int] | None = None,
+    positions: Sequence[int] | None = None,
+    window: int = 1,
+    sets: Mapping[str, Sequence[str]] | None = None,
+    metric: str = "logit_diff",
+    method: str = "exact",
+    steps: int = 10,
+    controls: bool = True,
+    align: str = "error",
+    whole_answer: bool = False,
+    template: str = "none",
+    seed: int = 0,
+    batch_size: int | None = None,
+    limit: int | None = None,
+    device: str = "auto",
+    dtype: str = "auto",
+    progress: bool = True,
+    partial: Path | None = None,
+) -> "CrossPatching":
+    """Patch the tuned model's activations into the base, and the base's into the tuned model, on the same prompts.
+
+    Args:
+        pair: base and tuned; both have to run (a config beside the weights, or `ModelPair.load(..., config=…)`).
+        prompts: a JSONL file, or a list of mappings with prompt, answer, wrong.
+        site: z as published; result, attn_out, mlp_out for whole outputs; resid_pre …; q, k, v, pattern.
+        direction: "tuned→base", "base→tuned" ("->" will do), or "both".
+        controls: donors on other prompts, over the same grid.
+        template: "none"; "each" puts the prompts through the chat template on both sides.
+        seed: of the assignment of random donors.
+
+    The other arguments are those of `patch`.
+
+    Raises:
+        InputError: tokenizers that differ on these prompts, activations of different shapes, as `patch`.
+    """
+    from finetune_lens.hooked.effects import Direction, Options, effects
+    from finetune_lens.hooked.grid import aligned, grid_of_sets, make_grid
+    from finetune_lens.hooked.sweep import Side
+    from finetune_lens.prompts import read_prompts
+    from finetune_lens.results.cmap import CrossPatching
+
+    direction = ASCII.get(direction, direction)
+    if direction not in (*DIRECTIONS, "both"):
+        raise InputError(f"direction is one of {', '.join(DIRECTIONS)}, both; found {direction!r}")
+    if template not in ("none", "each"):
+        raise InputError(
+            f"template is none or each, for cross-patching needs the same tokens on both sides; found {template!r}"
+        )
+    options = Options(metric, method, steps, batch_size, progress, partial)
+    items = read_prompts(prompts, limit=limit)
+    base, tuned = pair.models(device=device, dtype=dtype)
+    if base.layers != tuned.layers:
+        raise InputError(
+            f"{base.name} has {base.layers} layers and {tuned.name} {tuned.layers}; expected models of one depth"
+        )
+    reading = {"align": align, "whole": whole_answer, "template": template == "each", "need_answer": metric != "kl"}
+    where = aligned(items, base.require_tokenizer(), corrupted=False, **reading)
+    _require_same_tokens(where, aligned(items, tuned.require_tokenizer(), corrupted=False, **reading), items)
+    grid = (
+        grid_of_sets(sets, where)
+        if sets is not None
+        else make_grid(base, site, where, by=by, layers=layers, heads=heads, positions=positions, window=window)
+    )
+    one, other = Side(base, where.clean), Side(tuned, where.clean)
+    sides = {DIRECTIONS[0]: (one, other), DIRECTIONS[1]: (other, one)}
+    wanted = [Direction(name, *sides[name]) for name in (DIRECTIONS if direction == "both" else (direction,))]
+    common: dict[str, Any] = {"site": "sets" if sets else site, "options": options}
+    data = effects(wanted, grid, where, items, arguments={"analysis": "cmap"}, **common)
+    data["self_donor"] = ("direction", [_self_donor(d, grid, options) for d in wanted])
+    if controls:
+        data = data.assign(_random(wanted, grid, where, items, seed, common))
+    return CrossPatching(data)
+
+
+def _require_same_tokens(mine: "Aligned", theirs: "Aligned", prompts: Sequence[Any]) -> None:
+    """Raise where the two tokenizers do not read the prompts and answers alike."""
+    import torch
+
+    one, other = mine.clean, theirs.clean
+    for row, prompt in enumerate(prompts):
+        pairs = ((getattr(e, name)[row] for e in (one, other)) for name in ("answers", "wrongs"))
+        if one.tokens[row] != other.tokens[row] or not all(torch.equal(*pair) for pair in pairs):
+            raise InputError(
+                f"the tokenizers of base and tuned model read prompt {prompt.id} differently: {one.tokens[row]} and "
+                f"{other.tokens[row]}; cross-model patching needs the same tokens on both sides (pass one --tokenizer)"
+            )
+    if not torch.equal(one.ids, other.ids):
+        raise InputError("the tokenizers of base and tuned model give the same tokens different ids")
+
+
+def _self_donor(direction: "Direction", grid: "Grid", options: "Options") -> float:
+    """The largest |logit change| over prompts when the recipient is patched with its own activations, all at once."""
+    from finetune_lens.hooked.sweep import sweep
+
+    everything = tuple(dict.fromkeys(place for patch in grid.patches for place in patch))
+    side = direction.recipient
+    swept = sweep(side, side, [everything], full=True, batch_size=options.batch_size, progress=False)
+    changes = [np.nanmax(np.abs(v), initial=0.0) for v in swept.effects.values()]
+    return float(max(changes))
+
+
+def _random(
+    directions: Sequence["Direction"], grid: "Grid", where: "Aligned", prompts: Sequence[Any], seed: int,
+    common: dict[str, Any],
+) -> "xr.Dataset":  # fmt: skip
+    """The effects with each donor run on another prompt of the same length: random_M (direction, …, example)."""
+    from dataclasses import replace
+
+    from finetune_lens.hooked.effects import effects
+    from finetune_lens.hooked.sweep import Side
+
+    order = others_of_the_same_length(where.clean.mask.numpy().sum(1), seed)
+    if (order < 0).all():
+        raise InputError(
+            "random donors need another prompt of the same number of tokens, and no two prompts here have one; give "
+            "more prompts, or pass controls=False (--no-controls)"
+        )
+    lonely = order < 0
+    chosen = np.where(lonely, np.arange(len(order)), order)
+    wanted = [replace(d, donor=Side(d.donor.model, d.donor.prompts.rows(chosen))) for d in directions]
+    options = replace(
+        common["options"], method="exact" if common["options"].method == "both" else common["options"].method
+    )
+    found = effects(
+        wanted, grid, where, prompts, site=common["site"], options=options,
+        arguments={"analysis": "cmap-random", "seed": seed},
+    )  # fmt: skip
+    names = [name for name, values in found.items() if set(grid.dims) <= set(values.dims) and name != "tokens"]
+    masked = {f"random_{name}": found[name].where(~_along_examples(lonely, found)) for name in names}
+    return found.drop_vars(list(found.data_vars)).assign(masked)
+
+
+def _along_examples(mask: np.ndarray, data: "xr.Dataset") -> "xr.DataArray":
+    import xarray as xr
+
+    return xr.DataArray(mask, dims="example", coords={"example": data.example})
+
+
+def others_of_the_same_length(lengths: np.ndarray, seed: int) -> np.ndarray:
+    """For each example another one of its length, each used once; −1 where it is the only one of its length."""
+    generator = np.random.default_rng(seed)
+    chosen = np.full(len(lengths), -1)
+    for length in np.unique(lengths):
+        same = generator.permutation(np.flatnonzero(lengths == length))
+        if len(same) > 1:
+            chosen[same] = np.roll(same, 1)
+    return chosen
+
+
+def main() -> None:
+    import typer
+
+    from finetune_lens.command import Base, OutputFolder, Running, Tuned, finish, numbers, run
+
+    def cmap(
+        base: Base,
+        tuned: Tuned,
+        prompts: Annotated[Path, typer.Argument(metavar="PROMPTS", help="JSONL: prompt, answer, wrong.")],
+        *,
+        site: Annotated[str, typer.Option(help=SITES)] = "z",
+        direction: Annotated[str, typer.Option(help="tuned->base, base->tuned or both.")] = "both",
+        by: Annotated[str | None, typer.Option(help=BY, show_default=False)] = None,
+        layers: Annotated[str | None, typer.Option(help="Which, as 0,3-5.  [default: all]", show_default=False)] = None,
+        heads: Annotated[str | None, typer.Option(help="Which.  [default: all]", show_default=False)] = None,
+        positions: Annotated[
+            str | None, typer.Option(help="Which; -1 is the last.  [default: all]", show_default=False)
+        ] = None,
+        window: Annotated[int, typer.Option(min=1, help="Layers patched together, centred on each.")] = 1,
+        sets: Annotated[Path | None, typer.Option(help=SETS, show_default=False)] = None,
+        metric: Annotated[str, typer.Option(help=METRIC)] = "logit_diff",
+        method: Annotated[str, typer.Option(help="exact, full, attribution, integrated, both.")] = "exact",
+        steps: Annotated[int, typer.Option(min=1, help="Of integrated gradients.")] = 10,
+        controls: Annotated[bool, typer.Option("--controls/--no-controls", help="Donors on other prompts.")] = True,
+        align: Annotated[str, typer.Option(help=ALIGN)] = "error",
+        whole_answer: Annotated[bool, typer.Option("--whole-answer", help=WHOLE)] = False,
+        template: Annotated[str, typer.Option(help="Chat template on the prompts: none or each.")] = "none",
+        common: Running,
+    ) -> None:
+        """Patch each model's run with the other's on the same prompts, place by place, both ways."""
+        from finetune_lens.prompts import read_prompts
+
+        folder = OutputFolder(common.out, "cmap", force=common.force)
+        items = read_prompts(prompts, limit=common.limit)
+        pair = common.pair(base, tuned)
+        folder.check()
+        result = cross_patch(
+            pair, items, site=site, direction=direction, by=by.split(",") if by else None,
+            layers=numbers(layers) if layers else None, heads=numbers(heads) if heads else None,
+            positions=numbers(positions) if positions else None, window=window, sets=read_sets(sets), metric=metric,
+            method=method, steps=steps, controls=controls, align=align, whole_answer=whole_answer, template=template,
+            seed=common.seed, partial=folder.partial, **common.execution(),
+        )  # fmt: skip
+        finish(result, folder, common)
+
+    run(cmap)
+
+
+if __name__ == "__main__":
+    from finetune_lens.cmap import main
+
+    main()

@@ -1,0 +1,181 @@
+"""Which patches make up a sweep: a grid over layers, heads and positions, or named sets of sites."""
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from itertools import product
+from typing import Any
+
+import numpy as np
+
+from finetune_lens.errors import InputError
+from finetune_lens.hooked.model import HookedModel
+from finetune_lens.hooked.sites import HEADS, known, parse
+from finetune_lens.hooked.sweep import Patch, Place, shape_of
+from finetune_lens.prompts import Encoded, Prompt, encode, require_alignment
+
+DIMS = ("layer", "head", "position")
+# `blocks.3.attn.hook_z[7]@-1`: head 7 of layer 3 at the last position.
+PLACE = re.compile(r"(?P<site>[\w.]+?)(?:\[(?P<head>\d+)\])?(?:@(?P<position>-?\d+))?")
+
+
+@dataclass(frozen=True)
+class Grid:
+    """Patches in the order of their coordinates (the last dimension runs fastest)."""
+
+    dims: tuple[str, ...]
+    coords: dict[str, np.ndarray]
+    patches: list[Patch]
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return tuple(len(self.coords[dim]) for dim in self.dims)
+
+
+@dataclass(frozen=True)
+class Aligned:
+    """Prompts (and their counterfactuals) padded so that corresponding positions share a column.
+
+    Attributes:
+        positions: the label of each column: counted from the start, or (negative) from the end.
+    """
+
+    clean: Encoded
+    corrupt: Encoded | None
+    positions: np.ndarray
+
+    def column(self, position: int) -> int:
+        """The column of a position; negative ones count from the end of prompts of one length.
+
+        Raises:
+            InputError: no prompt has it.
+        """
+        found = np.flatnonzero(self.positions == position)
+        if not len(found) and position < 0 <= self.positions[0]:
+            found = np.flatnonzero(self.positions == position + len(self.positions))
+        if not len(found):
+            raise InputError(
+                f"position {position} does not exist: the prompts have positions {self.positions[0]} to "
+                f"{self.positions[-1]}"
+            )
+        return int(found[0])
+
+    def tokens(self) -> np.ndarray:
+        """(example, position): the clean prompts' tokens, "" in padding."""
+        table = np.full(self.clean.ids.shape, "", dtype=object)
+        for row, (mask, tokens) in enumerate(zip(self.clean.mask.numpy(), self.clean.tokens, strict=True)):
+            table[row, mask] = tokens
+        return table[:, : len(self.positions)]
+
+
+def aligned(
+    prompts: Sequence[Prompt], tokenizer: Any, *, corrupted: bool, align: str = "error", whole: bool = False,
+    template: bool = False, need_answer: bool = True,
+) -> Aligned:  # fmt: skip
+    """Tokenise prompts, and their counterfactuals if asked, so that corresponding positions share a column.
+
+    Args:
+        align: which positions correspond where lengths differ: "left" counts from the start, "right" from the end,
+            "error" refuses.
+
+    Raises:
+        InputError: as `prompts.encode`; or prompts of different lengths and no alignment.
+    """
+    if align not in ("error", "left", "right"):
+        raise InputError(f"align is one of error, left, right; found {align!r}")
+    options: dict[str, Any] = {"template": template, "whole": whole, "need_answer": need_answer}
+    options["padding"] = "left" if align == "right" else "right"
+    clean = encode(prompts, tokenizer, **options)
+    corrupt = encode(prompts, tokenizer, corrupt=True, **options) if corrupted else None
+    require_alignment(prompts, clean, corrupt, align)
+    width = max(e.ids.shape[1] for e in (clean, corrupt) if e is not None)
+    if clean.ids.shape[1] != width:
+        clean = encode(prompts, tokenizer, length=width, **options)
+    if corrupt is not None and corrupt.ids.shape[1] != width:
+        corrupt = encode(prompts, tokenizer, corrupt=True, length=width, **options)
+    used = clean.prompt_columns.any(0).numpy()
+    columns = int(np.flatnonzero(used).max()) + 1
+    ragged = bool((~clean.prompt_columns[:, :columns]).any())
+    labels = np.arange(columns) - (columns if align == "right" and ragged else 0)
+    return Aligned(clean, corrupt, labels)
+
+
+def make_grid(
+    model: HookedModel,
+    kind: str,
+    where: Aligned,
+    *,
+    by: Sequence[str] | None = None,
+    layers: Sequence[int] | None = None,
+    heads: Sequence[int] | None = None,
+    positions: Sequence[int] | None = None,
+    window: int = 1,
+) -> Grid:
+    """One patch for each combination of the dimensions in `by`; what is not in `by` is patched together.
+
+    Args:
+        by: of "layer", "head", "position"; by default layer × position, and layer × head for sites of heads.
+        layers, heads, positions: which; by default all.
+        window: layers patched together, centred on each layer.
+
+    Raises:
+        InputError: an unknown dimension, a head, layer or position that does not exist.
+    """
+    headed = known(kind) in HEADS
+    by = tuple(by) if by else ("layer", "head") if headed else ("layer", "position")
+    if not set(by) <= set(DIMS) or len(set(by)) < len(by):
+        raise InputError(f"by takes some of {', '.join(DIMS)}, each once; found {', '.join(by)}")
+    if ("head" in by or heads is not None) and not headed:
+        raise InputError(f"the site {kind!r} has no heads; expected one of {', '.join(HEADS)} for a grid over heads")
+    if kind == "pattern" and ("position" in by or positions is not None):
+        raise InputError("a pattern is patched as a whole: no positions for the site 'pattern'")
+    if window < 1:
+        raise InputError(f"a window has at least one layer; found {window}")
+    layers = range(model.layers) if layers is None else list(layers)
+    for layer in layers:
+        model.require([kind], [layer])
+    count = shape_of(model, kind, next(iter(layers)))[0] if headed else 0
+    chosen: dict[str, Sequence[Any]] = {
+        "layer": list(layers),
+        "head": list(range(count)) if heads is None else list(heads),
+        "position": where.positions.tolist() if positions is None else list(positions),
+    }
+    coords = {dim: np.array(chosen[dim]) for dim in by}
+    columns = {position: where.column(position) for position in chosen["position"]}
+    patches = []
+    for values in product(*(chosen[dim] for dim in by)):
+        at = dict(zip(by, values, strict=True))
+        first = at["layer"] - (window - 1) // 2 if "layer" in at else 0
+        these = range(max(0, first), min(model.layers, first + window)) if "layer" in at else layers
+        some_heads = [at["head"]] if "head" in at else [None] if heads is None else heads
+        if "position" in at:
+            some = [columns[at["position"]]]
+        else:
+            some = [None] if positions is None else [columns[p] for p in positions]
+        patches.append(tuple(Place(kind, layer, head, c) for layer, head, c in product(these, some_heads, some)))
+    return Grid(by, coords, patches)
+
+
+def grid_of_sets(sets: Mapping[str, Sequence[str]], where: Aligned) -> Grid:
+    """One patch for each named set of places, written `blocks.3.attn.hook_z[7]@-1` (head and position optional).
+
+    Raises:
+        InputError: an empty set, or a place that cannot be read.
+    """
+    if not sets or not all(sets.values()):
+        raise InputError("expected named sets of sites, each with one or more; found an empty one")
+    patches = []
+    for name, places in sets.items():
+        read = []
+        for place in places:
+            found = PLACE.fullmatch(place)
+            if found is None:
+                raise InputError(
+                    f"set {name!r}: {place!r} is no place; expected a site name with an optional [head] and @position, "
+                    "such as 'blocks.3.attn.hook_z[7]@-1'"
+                )
+            kind, layer = parse(found["site"])
+            column = None if found["position"] is None else where.column(int(found["position"]))
+            read.append(Place(kind, layer, None if found["head"] is None else int(found["head"]), column))
+        patches.append(tuple(read))
+    return Grid(("set",), {"set": np.array(list(sets), dtype=object)}, patches)

@@ -1,0 +1,297 @@
+"""Which activations carry the answer? Patch the run on one prompt with the run on another, place by place.
+
+Activation patching (Vig et al. 2020; Meng et al. 2022; practice: Heimersheim & Nanda 2024, arXiv 2404.15255). With a
+clean prompt, its corrupt counterfactual and a metric m:
+
+    denoising   recipient = corrupt run, donor = clean run: does this activation suffice to restore the answer?
+    noising     recipient = clean run, donor = corrupt run: is it necessary?
+    effect      m(patched) − m(recipient)
+    recovery    effect / (m(donor) − m(recipient)), a ratio of means, examples resampled
+
+The two directions are not mirror images. Causal tracing (Meng et al. 2022, §2) is denoising with a recipient whose
+subject embeddings have Gaussian noise added, here `trace`; symmetric counterfactuals are to be preferred to noise.
+
+Cost: a patch at layer ℓ and position p costs the blocks ≥ ℓ on the positions ≥ p; a whole layer × position grid about a
+quarter of one forward pass a patch. Attribution costs about three forward passes for any number of patches.
+
+>>> import torch, transformers
+>>> from finetune_lens.hooked import HookedModel
+>>> from finetune_lens.zoo import path
+>>> prompts = [{"prompt": "<copy>abc=", "answer": "a", "wrong": "b", "corrupt": "<copy>bac="}]
+>>> found = patch(str(path("strings") / "base"), prompts, site="resid_pre", progress=False)
+>>> float(found.recovery().ratio.sel(direction="denoising", layer=0, position=2).round(2))   # the letter that differs
+0.0
+"""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import numpy as np
+
+from finetune_lens.command import ALIGN, BY, METRIC, SETS, SITES, WHOLE, read_sets
+from finetune_lens.errors import InputError
+from finetune_lens.results.provenance import recorded
+
+if TYPE_CHECKING:
+    from finetune_lens.hooked import HookedModel
+    from finetune_lens.results.patching import Patching
+
+DIRECTIONS = ("denoising", "noising")
+
+
+@recorded
+def patch(
+    model: "HookedModel | Any",
+    prompts: Any,
+    *,
+    site: str = "resid_pre",
+    direction: str = "denoising",
+    by: Sequence[str] | None = None,
+    layers: Sequence[int] | None = None,
+    heads: Sequence[int] | None = None,
+    positions: Sequence[int] | None = None,
+    window: int = 1,
+    sets: Mapping[str, Sequence[str]] | None = None,
+    metric: str = "logit_diff",
+    method: str = "exact",
+    steps: int = 10,
+    align: str = "error",
+    whole_answer: bool = False,
+    template: bool = False,
+    batch_size: int | None = None,
+    limit: int | None = None,
+    device: str = "auto",
+    dtype: str = "auto",
+    config: Any = None,
+    tokenizer: Any = None,
+    progress: bool = True,
+    partial: Path | None = None,
+) -> "Patching":
+    """Patch between the runs on each prompt and on its counterfactual (`corrupt`).
+
+    Args:
+        model: a hooked model, a Hugging Face model, or where one lies (folder, file, cached hub id).
+        prompts: a JSONL file, or a list of mappings with prompt, answer, wrong, corrupt.
+        site: resid_pre, resid_mid, resid_post, attn_out, mlp_out, z, q, k, v, pattern or result.
+        direction: "denoising" (clean into corrupt), "noising" (corrupt into clean), or "both".
+        by: the grid, of "layer", "head", "position"; what is not in it is patched together. Default: layer × position,
+            for sites of heads layer × head.
+        layers, heads, positions: which; default all. Negative positions count from the end.
+        window: so many layers patched together, centred on each.
+        sets: named sets of places patched together (`blocks.3.attn.hook_z[7]@-1`), instead of a grid.
+        metric: what tables and figures show; all metrics are kept.
+        method: exact, full (one forward pass a patch), attribution, integrated, or both (exact and attribution).
+        steps: of integrated gradients.
+        align: "left" or "right": which positions correspond where prompts differ in length.
+        whole_answer: score all tokens of the answer (logprob), not the first alone.
+        template: put prompts through the tokenizer's chat template.
+        config, tokenizer: where they do not lie beside the weights.
+
+    Raises:
+        InputError: prompts without counterfactual, of different lengths, with answers of several tokens; a site that
+            the architecture lacks.
+    """
+    from finetune_lens.hooked.effects import Direction, Options, effects
+    from finetune_lens.hooked.grid import aligned, grid_of_sets, make_grid
+    from finetune_lens.hooked.loading import as_model
+    from finetune_lens.hooked.sweep import Side
+    from finetune_lens.prompts import read_prompts
+    from finetune_lens.results.patching import Patching
+
+    if direction not in (*DIRECTIONS, "both"):
+        raise InputError(f"direction is one of {', '.join(DIRECTIONS)}, both; found {direction!r}")
+    options = Options(metric, method, steps, batch_size, progress, partial)
+    items = read_prompts(prompts, limit=limit)
+    model = as_model(model, device=device, dtype=dtype, config=config, tokenizer=tokenizer)
+    where = aligned(
+        items, model.require_tokenizer(), corrupted=True, align=align, whole=whole_answer, template=template,
+        need_answer=metric != "kl",
+    )  # fmt: skip
+    grid = (
+        grid_of_sets(sets, where)
+        if sets is not None
+        else make_grid(
+            model, site, where, by=by, layers=layers, heads=heads, positions=positions, window=window,
+        )
+    )  # fmt: skip
+    clean, corrupt = Side(model, where.clean), Side(model, where.corrupt)
+    sides = {"denoising": (corrupt, clean), "noising": (clean, corrupt)}
+    wanted = DIRECTIONS if direction == "both" else (direction,)
+    data = effects(
+        [Direction(name, *sides[name]) for name in wanted], grid, where, items, site="sets" if sets else site,
+        options=options, arguments={"analysis": "patching"},
+    )  # fmt: skip
+    return Patching(data)
+
+
+@recorded
+def trace(
+    model: "HookedModel | Any",
+    prompts: Any,
+    *,
+    site: str = "resid_post",
+    subject: str = "subject",
+    noise: float = 3.0,
+    copies: int = 10,
+    by: Sequence[str] | None = None,
+    layers: Sequence[int] | None = None,
+    heads: Sequence[int] | None = None,
+    positions: Sequence[int] | None = None,
+    window: int = 1,
+    metric: str = "prob",
+    align: str = "error",
+    seed: int = 0,
+    batch_size: int | None = None,
+    limit: int | None = None,
+    device: str = "auto",
+    dtype: str = "auto",
+    config: Any = None,
+    tokenizer: Any = None,
+    progress: bool = True,
+    partial: Path | None = None,
+) -> "Patching":
+    """Causal tracing (ROME, Meng et al. 2022): noise on the subject's embeddings, then clean activations restored.
+
+    Args:
+        subject: the field of each prompt that holds its subject, a part of the prompt's text.
+        noise: standard deviation of the noise, in standard deviations of the subjects' embeddings.
+        copies: noised runs for each prompt, averaged.
+        seed: of the noise.
+
+    The other arguments are those of `patch`. The recipient is the noised run, the donor the clean one.
+
+    Raises:
+        InputError: as `patch`; or a prompt without its subject.
+    """
+    from finetune_lens.hooked.effects import Direction, Options, effects
+    from finetune_lens.hooked.grid import aligned, make_grid
+    from finetune_lens.hooked.loading import as_model
+    from finetune_lens.hooked.sweep import Side
+    from finetune_lens.prompts import read_prompts
+    from finetune_lens.results.patching import Patching
+
+    if noise <= 0 or copies < 1:
+        raise InputError(f"noise is positive and there is at least one copy; found {noise} and {copies}")
+    options = Options(metric, "exact", 1, batch_size, progress, partial)
+    items = read_prompts(prompts, limit=limit)
+    model = as_model(model, device=device, dtype=dtype, config=config, tokenizer=tokenizer)
+    where = aligned(items, model.require_tokenizer(), corrupted=False, align=align, need_answer=metric != "kl")
+    subjects = _subjects(items, where.clean, subject)
+    grid = make_grid(model, site, where, by=by, layers=layers, heads=heads, positions=positions, window=window)
+    repeated = where.clean.rows(np.repeat(np.arange(len(items)), copies))
+    edits = _noised(model, repeated, np.repeat(subjects, copies, 0), noise, seed)
+    data = effects(
+        [Direction("restoring", Side(model, repeated, edits), Side(model, repeated), copies)], grid, where, items,
+        site=site, options=options,
+        arguments={"analysis": "patching", "noise": noise, "copies": copies, "seed": seed, "subject": subject},
+    )  # fmt: skip
+    return Patching(data)
+
+
+def _subjects(prompts: Sequence[Any], encoded: Any, field: str) -> np.ndarray:
+    """(example, pos): True on the tokens that hold the prompt's subject (its first mention)."""
+    found = np.zeros(tuple(encoded.ids.shape), bool)
+    for row, prompt in enumerate(prompts):
+        subject = prompt.fields.get(field)
+        tokens = encoded.tokens[row]
+        text = "".join(tokens)
+        begin = text.find(str(subject)) if subject else -1
+        if begin < 0:
+            raise InputError(
+                f"prompt {prompt.id}: expected a field {field!r} holding a part of its text; found {subject!r}"
+            )
+        ends = np.cumsum([len(token) for token in tokens])
+        starts = ends - [len(token) for token in tokens]
+        inside = (ends > begin) & (starts < begin + len(str(subject)))
+        found[row, np.flatnonzero(encoded.mask[row].numpy())[inside]] = True
+    return found
+
+
+def _noised(model: "HookedModel", encoded: Any, subjects: np.ndarray, noise: float, seed: int) -> Any:
+    """Edits of the first residual stream: Gaussian noise on the subjects' tokens, another for each row."""
+    import torch
+
+    with torch.no_grad():
+        embedded = model.module.get_input_embeddings()(encoded.ids.to(model.device)).float().cpu()
+    deviation = float(embedded[torch.from_numpy(subjects)].std())
+    generator = torch.Generator().manual_seed(seed)
+    added = torch.randn(embedded.shape, generator=generator) * noise * deviation
+    added *= torch.from_numpy(subjects)[:, :, None]
+
+    def edits(examples: np.ndarray) -> list:
+        here = added[torch.from_numpy(examples)]
+        return [("blocks.0.hook_resid_pre", lambda x: x + here.to(x))]
+
+    return edits
+
+
+def main() -> None:
+    import typer
+
+    from finetune_lens.command import OutputFolder, Running, finish, numbers, run
+
+    def patching(
+        model: Annotated[str, typer.Argument(metavar="MODEL", help="Model: file, folder, or cached hub id.")],
+        prompts: Annotated[Path, typer.Argument(metavar="PROMPTS", help="JSONL: prompt, corrupt, answer, wrong.")],
+        *,
+        site: Annotated[str, typer.Option(help=SITES)] = "resid_pre",
+        direction: Annotated[str, typer.Option(help="denoising, noising or both.")] = "denoising",
+        by: Annotated[str | None, typer.Option(help=BY, show_default=False)] = None,
+        layers: Annotated[str | None, typer.Option(help="Which, as 0,3-5.  [default: all]", show_default=False)] = None,
+        heads: Annotated[str | None, typer.Option(help="Which.  [default: all]", show_default=False)] = None,
+        positions: Annotated[
+            str | None, typer.Option(help="Which; -1 is the last.  [default: all]", show_default=False)
+        ] = None,
+        window: Annotated[int, typer.Option(min=1, help="Layers patched together, centred on each.")] = 1,
+        sets: Annotated[Path | None, typer.Option(help=SETS, show_default=False)] = None,
+        metric: Annotated[str, typer.Option(help=METRIC)] = "logit_diff",
+        method: Annotated[str, typer.Option(help="exact, full, attribution, integrated, both.")] = "exact",
+        steps: Annotated[int, typer.Option(min=1, help="Of integrated gradients.")] = 10,
+        noise: Annotated[
+            float | None,
+            typer.Option(help="Causal tracing: noise on the field `subject`, in σ of embeddings.", show_default=False),
+        ] = None,
+        copies: Annotated[int, typer.Option(min=1, help="Noised runs a prompt.")] = 10,
+        align: Annotated[str, typer.Option(help=ALIGN)] = "error",
+        whole_answer: Annotated[bool, typer.Option("--whole-answer", help=WHOLE)] = False,
+        template: Annotated[str, typer.Option(help="Chat template on the prompts: none or each.")] = "none",
+        common: Running,
+    ) -> None:
+        """Patch the run on each prompt with the run on its counterfactual, place by place."""
+        from finetune_lens.hooked.loading import as_model
+        from finetune_lens.prompts import read_prompts
+
+        folder = OutputFolder(common.out, "patching", force=common.force)
+        if template not in ("none", "each"):
+            raise InputError(f"template is none or each; found {template!r}")
+        if noise is not None and (sets or whole_answer or template != "none" or method != "exact"):
+            raise InputError("--noise goes with neither --sets, --whole-answer, --template nor --method")
+        items = read_prompts(prompts, limit=common.limit)
+        loaded = as_model(
+            model, device=common.device, dtype=common.dtype, config=common.config, tokenizer=common.tokenizer,
+            online=common.online,
+        )  # fmt: skip
+        folder.check()
+        grid: dict[str, Any] = {
+            "site": site, "by": by.split(",") if by else None, "window": window, "metric": metric, "align": align,
+            "layers": numbers(layers) if layers else None, "heads": numbers(heads) if heads else None,
+            "positions": numbers(positions) if positions else None,
+        }  # fmt: skip
+        execution = common.execution() | {"partial": folder.partial}
+        if noise is not None:
+            result = trace(loaded, items, noise=noise, copies=copies, seed=common.seed, **grid, **execution)
+        else:
+            result = patch(
+                loaded, items, direction=direction, sets=read_sets(sets), method=method, steps=steps,
+                whole_answer=whole_answer, template=template == "each", **grid, **execution,
+            )  # fmt: skip
+        finish(result, folder, common)
+
+    run(patching)
+
+
+if __name__ == "__main__":
+    from finetune_lens.patching import main
+
+    main()

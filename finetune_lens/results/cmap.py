@@ -1,0 +1,71 @@
+"""Effects of cross-model patches, with their controls."""
+
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from finetune_lens import stats
+from finetune_lens.results.patching import Patching, _mean
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+
+class CrossPatching(Patching):
+    """What `cross_patch` measured: a `Patching` whose directions are tuned→base and base→tuned, and its controls.
+
+    - random_M (direction, …, example): the effect with the donor run on another prompt;
+    - self_donor (direction): the largest change of a logit when a run is patched with itself, everywhere at once.
+    """
+
+    kind = "cmap"
+
+    @property
+    def has_null(self) -> bool:
+        return f"random_{self.metric}" in self.data
+
+    def null(self, *, direction: str, metric: str | None = None) -> tuple[float, float, float]:
+        """Of the mean effects with donors on other prompts, over the cells: median, and the central 95 %."""
+        values = self.data[f"random_{metric or self.metric}"].sel(direction=direction).transpose(..., "example").values
+        cells = _mean(values).ravel()
+        cells = cells[np.isfinite(cells)]
+        if not len(cells):
+            return np.nan, np.nan, np.nan
+        return float(np.median(cells)), *map(float, np.quantile(cells, (0.025, 0.975)))
+
+    def to_frame(self) -> "pd.DataFrame":
+        """As of `Patching`, with random_effect and the paired difference to it: specific, with its interval."""
+        frame = super().to_frame()
+        if not self.has_null:
+            return frame
+        order = ("direction", *self.dims, "example")
+        random = self.data[f"random_{self.metric}"].transpose(*order).values
+        difference = self.data[self.metric].transpose(*order).values - random
+        low, high = stats.interval_of_mean(difference)
+        frame["random_effect"] = _mean(random).ravel()
+        frame["specific"], frame["specific_low"], frame["specific_high"] = (
+            _mean(difference).ravel(), low.ravel(), high.ravel(),
+        )  # fmt: skip
+        return frame
+
+    def headline(self) -> dict[str, Any]:
+        """As of `Patching`, with the controls."""
+        found = super().headline()
+        for direction in self.directions:
+            found[direction]["self_donor"] = float(self.data["self_donor"].sel(direction=direction))
+            if self.has_null:
+                _, low, high = self.null(direction=direction)
+                found[direction]["random_donor"] = [low, high] if np.isfinite([low, high]).all() else None
+        return found
+
+    def _lines(self, gap: dict[str, Any]) -> list[str]:
+        lines = super()._lines(gap)
+        direction = gap["direction"]
+        value = float(self.data["self_donor"].sel(direction=direction))
+        lines.append(
+            f"  self-donor, every place at once: {'no change' if value == 0 else f'logits change by {value:.2g}'}"
+        )
+        if self.has_null:
+            median, low, high = self.null(direction=direction)
+            lines.append(f"  random donor: median effect {median:+.3g}, 95 % of cells in [{low:.3g}, {high:.3g}]")
+        return lines
