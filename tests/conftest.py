@@ -16,6 +16,11 @@ for _pool in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"):
     os.environ.setdefault(_pool, "1")
 
 HIDDEN, HEADS, GROUPS, VOCABULARY = 32, 4, 2, 40
+DECODERS = (
+    "gpt2", "llama", "llama-bias-tied", "qwen2", "qwen3", "gemma2", "gemma3", "neox", "phi3", "mixtral", "qwen3-moe",
+    "gpt-oss", "llama4", "falcon-new", "falcon-multi-query", "falcon-rw", "bloom", "opt", "mpt", "bigcode-multi-query",
+    "bigcode", "codegen", "mistral", "qwen2-sliding", "gemma2-sliding", "gemma3-sliding", "gpt-oss-sliding",
+)  # fmt: skip
 
 
 def _configs() -> dict[str, Callable[[], Any]]:
@@ -31,6 +36,7 @@ def _configs() -> dict[str, Callable[[], Any]]:
     gpt = {"n_embd": HIDDEN, "n_layer": 2, "n_head": HEADS, "vocab_size": VOCABULARY, "n_positions": 24, **common}
     bloom = {"hidden_size": HIDDEN, "n_layer": 2, "n_head": HEADS, "vocab_size": VOCABULARY, **common}
     falcon = functools.partial(t.FalconConfig, **small)
+    deep = grouped | {"num_hidden_layers": 4, "sliding_window": 3}  # layers that see three tokens, and others
     return {
         "gpt2": lambda: t.GPT2Config(**gpt),
         "llama": lambda: t.LlamaConfig(**grouped),
@@ -61,6 +67,13 @@ def _configs() -> dict[str, Callable[[], Any]]:
         "bigcode-multi-query": lambda: t.GPTBigCodeConfig(**gpt, multi_query=True),
         "bigcode": lambda: t.GPTBigCodeConfig(**gpt, multi_query=False),
         "codegen": lambda: t.CodeGenConfig(**gpt, rotary_dim=4),
+        "mistral": lambda: t.MistralConfig(**grouped, sliding_window=3),
+        "qwen2-sliding": lambda: t.Qwen2Config(**deep, use_sliding_window=True, max_window_layers=2),
+        "gemma2-sliding": lambda: t.Gemma2Config(**deep, head_dim=12),
+        "gemma3-sliding": lambda: t.Gemma3TextConfig(
+            **deep, head_dim=12, layer_types=["sliding_attention", "full_attention"] * 2
+        ),
+        "gpt-oss-sliding": lambda: t.GptOssConfig(**deep, head_dim=12, num_local_experts=3, num_experts_per_tok=2),
     }  # fmt: skip
 
 

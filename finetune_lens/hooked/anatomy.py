@@ -223,7 +223,7 @@ def _probe(model: nn.Module, block: Block) -> tuple[dict[str, torch.Tensor], dic
     hooks.append(block.module.register_forward_hook(after("post")))
     try:
         with torch.no_grad():
-            model(input_ids=torch.arange(3, device=model.get_input_embeddings().weight.device)[None], use_cache=False)
+            model(input_ids=torch.arange(3, device=device_of(model))[None], use_cache=False)
     except _Enough:
         pass
     finally:
@@ -243,3 +243,10 @@ def _same(one: torch.Tensor | None, other: torch.Tensor | None, beside: torch.Te
 def first(output: Any) -> torch.Tensor:
     """A module's output, or the first of several."""
     return output[0] if isinstance(output, tuple | list) else output
+
+
+def device_of(model: nn.Module) -> torch.device:
+    """Where token ids go; for embeddings that accelerate brings in when they are used, where it brings them."""
+    embeddings = model.get_input_embeddings()
+    device = embeddings.weight.device
+    return torch.device(embeddings._hf_hook.execution_device) if device.type == "meta" else device

@@ -24,7 +24,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
 from finetune_lens.errors import InputError
-from finetune_lens.hooked.anatomy import Anatomy, Block, dissect, first
+from finetune_lens.hooked.anatomy import Anatomy, Block, device_of, dissect, first
 from finetune_lens.hooked.sites import parse, site_name
 
 Edit = tuple[str, Tensor | Callable[[Tensor], Tensor]]  # site name, and the new value or a function of the old one
@@ -72,7 +72,8 @@ class HookedModel:
         self.name = name or type(self.module).__name__
         self.adapted = adapted
         self.fingerprint = fingerprint
-        if not callable(getattr(self.module, "get_output_embeddings", None)) or not hasattr(self.module, "config"):
+        unembedding = getattr(self.module, "get_output_embeddings", None)
+        if not callable(unembedding) or unembedding() is None or not hasattr(self.module, "config"):
             raise InputError(
                 f"{self.name}: expected a Hugging Face causal language model, found {type(self.module).__name__}"
             )
@@ -95,7 +96,7 @@ class HookedModel:
     @property
     def device(self) -> torch.device:
         """Where token ids go."""
-        return self.module.get_input_embeddings().weight.device
+        return device_of(self.module)
 
     @property
     def dtype(self) -> torch.dtype:
@@ -202,15 +203,15 @@ class HookedModel:
     def side(self) -> Iterator[None]:
         """The adapter off, where this model is the side without it; evaluation mode, so that nothing is dropped."""
         off = hasattr(self._outer, "disable_adapter") and not self.adapted
-        training = self.module.training
+        training = [part for part in self.module.modules() if part.training]  # an adapter's dropout may be, alone
         with self._outer.disable_adapter() if off else nullcontext():
-            if training:
-                self.module.eval()
+            for part in training:
+                part.training = False
             try:
                 yield
             finally:
-                if training:
-                    self.module.train()
+                for part in training:
+                    part.training = True
 
     @contextmanager
     def logits_at(self, columns: Int[Tensor, "batch answer"]) -> Iterator[None]:
@@ -268,13 +269,22 @@ def _touch(
             if new.shape != x.shape:
                 if callable(change):
                     raise InputError(f"the edit of {name} returned {tuple(new.shape)}; expected {tuple(x.shape)}")
-                new = new.expand_as(x)
+                new = _broadcast(new, x, name)
             x = new
         if keep is not None:
-            keep[name] = x.clone() if clone else x  # some blocks go on to add to it in place
-        return x
+            keep[name] = x.clone() if clone else x
+        return x if clone and not changes else x.clone()  # some blocks go on to add to it in place
 
     return touch
+
+
+def _broadcast(value: Tensor, x: Tensor, name: str) -> Tensor:
+    try:
+        return value.expand_as(x)
+    except RuntimeError:
+        raise InputError(
+            f"the new value of {name} has shape {tuple(value.shape)}; expected {tuple(x.shape)}, or what expands to it"
+        ) from None
 
 
 def _at_input(kind: str, d_head: int, touch: Callable[[Tensor], Tensor], changed: bool) -> Callable:
