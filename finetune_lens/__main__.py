@@ -3,7 +3,7 @@
 import importlib
 import sys
 
-COMMANDS = ("intruders", "updates", "zoo", "demo")
+COMMANDS = ("check", "outputs", "updates", "intruders", "patching", "cmap", "zoo", "demo")
 
 
 def main(arguments: list[str] | None = None) -> None:

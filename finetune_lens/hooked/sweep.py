@@ -24,7 +24,7 @@ from finetune_lens.metrics import score
 from finetune_lens.prompts import Encoded
 
 UNIT = 2048  # rows that are computed, kept and counted as one
-TOKENS = {"cpu": 8192, "cuda": 65536, "mps": 16384}  # columns a batch beyond which nothing is gained
+TOKENS = {"cpu": 4096, "cuda": 65536, "mps": 16384}  # columns a batch beyond which nothing is gained
 # How far an unpatched row may be from the full run, relative to the largest logit, before re-entry is given up.
 TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-3, torch.float16: 5e-2, torch.bfloat16: 2e-1}
 
@@ -271,7 +271,9 @@ class _Batch:
         """The effects of some patches that begin at one column: metric → (patch, example)."""
         start = self.sweep.starts[unit[0]]
         effects = {name: np.full((len(unit), len(self.examples)), np.nan) for name in self.names}
-        pairs = [(at, example) for at, patch in enumerate(unit) for example in self.exists(patch)]
+        # Example by example: one unpatched row then serves many patches. (The unit is sorted by where patches join.)
+        pairs = [(at, e) for at, patch in enumerate(unit) for e in self.exists(patch)]
+        pairs.sort(key=lambda pair: (pair[1], pair[0]))
         begin = 0
         while begin < len(pairs):
             count = max(1, self.sweep.budget // (self.prompts.ids.shape[1] - start))
@@ -417,10 +419,10 @@ def _tokens_at_once(model: HookedModel, columns: int) -> int:
 
 def _free_memory(device: torch.device) -> float:
     if device.type == "cuda":
-        return torch.cuda.mem_get_info(device)[0]
+        return float(torch.cuda.mem_get_info(device)[0])
     import os
 
     try:
-        return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+        return float(os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"))
     except (ValueError, OSError, AttributeError):
         return 4e9
