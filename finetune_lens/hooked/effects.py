@@ -178,7 +178,9 @@ def _fields(prompts: Sequence[Prompt]) -> dict[str, Any]:
 
 def _facts(direction: Direction, prompts: Sequence[Prompt], arguments: dict[str, Any]) -> dict[str, Any]:
     sides = {side: _side(getattr(direction, side).model) for side in ("recipient", "donor")}
-    return arguments | sides | {"direction": direction.name, "prompts": describe_prompts(prompts)["sha256"]}
+    # Each direction keeps its own chunks: a store drops those of the same analysis with other facts.
+    analysis = f"{arguments['analysis']}-{direction.name.replace('→', '-to-')}"
+    return arguments | sides | {"analysis": analysis, "prompts": describe_prompts(prompts)["sha256"]}
 
 
 def _side(model: HookedModel) -> dict[str, Any]:

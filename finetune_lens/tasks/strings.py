@@ -77,6 +77,21 @@ def draw(tasks: Sequence[str], n: int, generator: np.random.Generator, *, part: 
     return items[:n]
 
 
+def prompts(n: int, generator: np.random.Generator, *, part: Split = "test") -> list[dict[str, str]]:
+    """`n` rows of a prompt file for the new task: the first letter of the answer, which the last of the text decides.
+
+    `corrupt` has another last letter, and `wrong` is the first letter of its answer.
+    """
+    rows = []
+    for number, (_, text) in enumerate(draw([NEW_TASK], n, generator, part=part)):
+        others = [letter for letter in LETTERS if letter != text[-1]]
+        other = text[:-1] + others[int(generator.integers(len(others)))]
+        right, wrong = (answer(NEW_TASK, t)[0] for t in (text, other))
+        prompt, corrupt = (f"<{NEW_TASK}>{t}=" for t in (text, other))
+        rows.append({"id": str(number), "prompt": prompt, "answer": right, "wrong": wrong, "corrupt": corrupt})
+    return rows
+
+
 def tokenizer() -> "PreTrainedTokenizerFast":
     """One token a letter, one a task; `<bos>` is put in front; decoding gives the text back without spaces."""
     from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, processors

@@ -3,7 +3,7 @@
 >>> names()
 ['strings']
 >>> sorted(entry.name for entry in path("strings").iterdir())
-['README.md', 'base', 'full', 'lora', 'scores.json']
+['README.md', 'base', 'full', 'lora', 'prompts.jsonl', 'scores.json']
 
 `path("strings") / "base"` is an ordinary Hugging Face folder, `full` another, `lora` a PEFT adapter folder.
 `python -m finetune_lens.zoo show strings` prints what each of them can do, `build strings` trains them again.

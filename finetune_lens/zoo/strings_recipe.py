@@ -22,13 +22,25 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
-from finetune_lens.tasks.strings import BASE_TASKS, NEW_TASK, TASKS, VOCABULARY, Split, draw, encode, measure, tokenizer
+from finetune_lens.tasks.strings import (
+    BASE_TASKS,
+    NEW_TASK,
+    TASKS,
+    VOCABULARY,
+    Split,
+    draw,
+    encode,
+    measure,
+    prompts,
+    tokenizer,
+)
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
     from finetune_lens.training import Run
 
+PROMPTS = 64  # of the new task, in prompts.jsonl
 Method = Literal["full", "lora"]
 METHODS: tuple[Method, ...] = ("full", "lora")
 # Every linear map of a block, as full fine-tuning moves all of them too.
@@ -288,6 +300,8 @@ def _build(work: Path, *, settings: Settings, seed: int, progress: bool) -> Path
         "versions": {name: version(name) for name in ("torch", "transformers", "peft", "tokenizers", "numpy")},
         "wall_seconds": round(run.seconds + sum(row["wall_seconds"] for row in sweep), 1),
     }
+    rows = prompts(PROMPTS, np.random.default_rng(seed))
+    (result / "prompts.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     (result / "scores.json").write_text(json.dumps(scores, indent=1) + "\n")
     (result / "README.md").write_text(card(scores))
     return result
