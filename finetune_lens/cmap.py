@@ -28,7 +28,6 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import numpy as np
 
-from finetune_lens.command import ALIGN, BY, METRIC, SETS, SITES, WHOLE, read_sets
 from finetune_lens.errors import InputError
 from finetune_lens.results.provenance import recorded
 
@@ -205,45 +204,31 @@ def others_of_the_same_length(lengths: np.ndarray, seed: int) -> np.ndarray:
 def main() -> None:
     import typer
 
-    from finetune_lens.command import Base, OutputFolder, Running, Tuned, finish, numbers, run
+    from finetune_lens.command import Base, OutputFolder, Patching, Tuned, finish, run
 
     def cmap(
         base: Base,
         tuned: Tuned,
         prompts: Annotated[Path, typer.Argument(metavar="PROMPTS", help="JSONL: prompt, answer, wrong.")],
         *,
-        site: Annotated[str, typer.Option(help=SITES)] = "z",
+        site: Annotated[
+            str, typer.Option(help="z as published; result, attn_out, mlp_out: whole outputs; resid_pre, q, k, v …")
+        ] = "z",
         direction: Annotated[str, typer.Option(help="tuned->base, base->tuned or both.")] = "both",
-        by: Annotated[str | None, typer.Option(help=BY, show_default=False)] = None,
-        layers: Annotated[str | None, typer.Option(help="Which, as 0,3-5.  [default: all]", show_default=False)] = None,
-        heads: Annotated[str | None, typer.Option(help="Which.  [default: all]", show_default=False)] = None,
-        positions: Annotated[
-            str | None, typer.Option(help="Which; -1 is the last.  [default: all]", show_default=False)
-        ] = None,
-        window: Annotated[int, typer.Option(min=1, help="Layers patched together, centred on each.")] = 1,
-        sets: Annotated[Path | None, typer.Option(help=SETS, show_default=False)] = None,
-        metric: Annotated[str, typer.Option(help=METRIC)] = "logit_diff",
-        method: Annotated[str, typer.Option(help="exact, full, attribution, integrated, both.")] = "exact",
-        steps: Annotated[int, typer.Option(min=1, help="Of integrated gradients.")] = 10,
         controls: Annotated[bool, typer.Option("--controls/--no-controls", help="Donors on other prompts.")] = True,
-        align: Annotated[str, typer.Option(help=ALIGN)] = "error",
-        whole_answer: Annotated[bool, typer.Option("--whole-answer", help=WHOLE)] = False,
-        template: Annotated[str, typer.Option(help="Chat template on the prompts: none or each.")] = "none",
-        common: Running,
+        common: Patching,
     ) -> None:
         """Patch each model's run with the other's on the same prompts, place by place, both ways."""
         from finetune_lens.prompts import read_prompts
 
         folder = OutputFolder(common.out, "cmap", force=common.force)
+        options = common.options()
         items = read_prompts(prompts, limit=common.limit)
         pair = common.pair(base, tuned)
         folder.check()
         result = cross_patch(
-            pair, items, site=site, direction=direction, by=by.split(",") if by else None,
-            layers=numbers(layers) if layers else None, heads=numbers(heads) if heads else None,
-            positions=numbers(positions) if positions else None, window=window, sets=read_sets(sets), metric=metric,
-            method=method, steps=steps, controls=controls, align=align, whole_answer=whole_answer, template=template,
-            seed=common.seed, partial=folder.partial, **common.execution(),
+            pair, items, site=site, direction=direction, controls=controls, template=common.template, seed=common.seed,
+            partial=folder.partial, **common.grid(), **options, **common.execution(),
         )  # fmt: skip
         finish(result, folder, common)
 

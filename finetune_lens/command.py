@@ -39,13 +39,6 @@ Fused = Annotated[bool, typer.Option("--fused", help="Keep fused q/k/v and gate/
 Orientation = Annotated[
     str, typer.Option(help="GPT-2-style weights: auto (from the shapes), conv1d (in, out), linear (out, in).")
 ]
-# Help of options that the patching commands share.
-SITES = "resid_pre, resid_mid, resid_post, attn_out, mlp_out, z, q, k, v, pattern or result."
-BY = "The grid, of layer,head,position.  [default: layer,position; of heads layer,head]"
-SETS = 'JSON: named sets of places patched together, {"name": ["blocks.3.attn.hook_z[7]@-1"]}.'
-METRIC = "logit_diff, logprob, prob, reciprocal_rank, accuracy or kl."
-ALIGN = "Which positions correspond where prompts differ in length: left, right, or error."
-WHOLE = "Score all tokens of the answer by their summed log-probability (with --metric logprob)."
 AllowNonfinite = Annotated[
     bool, typer.Option("--allow-nonfinite", help="Exit 0 although weights with NaN or Inf were left out.")
 ]
@@ -123,6 +116,66 @@ class Running(Common):
             "batch_size": self.batch_size,
             "limit": self.limit,
             "progress": not self.quiet,
+        }
+
+
+@dataclasses.dataclass(kw_only=True)
+class Patching(Running):
+    """The options of analyses that patch."""
+
+    by: Annotated[
+        str | None,
+        typer.Option(
+            help="The grid, of layer,head,position.  [default: layer,position; of heads layer,head]",
+            show_default=False,
+        ),
+    ] = None
+    layers: Annotated[str | None, typer.Option(help="Which, as 0,3-5.  [default: all]", show_default=False)] = None
+    heads: Annotated[str | None, typer.Option(help="Which.  [default: all]", show_default=False)] = None
+    positions: Annotated[
+        str | None, typer.Option(help="Which; -1 is the last.  [default: all]", show_default=False)
+    ] = None
+    window: Annotated[int, typer.Option(min=1, help="Layers patched together, centred on each.")] = 1
+    sets: Annotated[
+        Path | None,
+        typer.Option(
+            help='JSON: named sets of places patched together, {"name": ["blocks.3.attn.hook_z[7]@-1"]}.',
+            show_default=False,
+        ),
+    ] = None
+    metric: Annotated[str, typer.Option(help="logit_diff, logprob, prob, reciprocal_rank, accuracy or kl.")] = (
+        "logit_diff"
+    )
+    method: Annotated[str, typer.Option(help="exact, full, attribution, integrated, both.")] = "exact"
+    steps: Annotated[int, typer.Option(min=1, help="Of integrated gradients.")] = 10
+    align: Annotated[
+        str, typer.Option(help="Which positions correspond where prompts differ in length: left, right, or error.")
+    ] = "error"
+    whole_answer: Annotated[
+        bool,
+        typer.Option("--whole-answer", help="Score all tokens of the answer together (with --metric logprob)."),
+    ] = False
+    template: Annotated[str, typer.Option(help="Chat template on the prompts: none or each.")] = "none"
+
+    def grid(self) -> dict[str, Any]:
+        """What to patch and what to read, as the analyses take it."""
+        listed = {name: getattr(self, name) for name in ("layers", "heads", "positions")}
+        return {name: numbers(text) if text else None for name, text in listed.items()} | {
+            "by": self.by.split(",") if self.by else None,
+            "window": self.window,
+            "metric": self.metric,
+            "align": self.align,
+        }
+
+    def options(self) -> dict[str, Any]:
+        """The rest of what `patch` and `cross_patch` share."""
+        if self.template not in ("none", "each"):
+            raise InputError(f"template is none or each; found {self.template!r}")
+        return {
+            "sets": read_sets(self.sets),
+            "method": self.method,
+            "steps": self.steps,
+            "whole_answer": self.whole_answer,
         }
 
 

@@ -29,7 +29,6 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import numpy as np
 
-from finetune_lens.command import ALIGN, BY, METRIC, SETS, SITES, WHOLE, read_sets
 from finetune_lens.errors import InputError
 from finetune_lens.results.provenance import recorded
 
@@ -229,43 +228,32 @@ def _noised(model: "HookedModel", encoded: Any, subjects: np.ndarray, noise: flo
 def main() -> None:
     import typer
 
-    from finetune_lens.command import OutputFolder, Running, finish, numbers, run
+    from finetune_lens.command import OutputFolder, Patching, finish, run
 
     def patching(
         model: Annotated[str, typer.Argument(metavar="MODEL", help="Model: file, folder, or cached hub id.")],
         prompts: Annotated[Path, typer.Argument(metavar="PROMPTS", help="JSONL: prompt, corrupt, answer, wrong.")],
         *,
-        site: Annotated[str, typer.Option(help=SITES)] = "resid_pre",
+        site: Annotated[
+            str, typer.Option(help="resid_pre, resid_mid, resid_post, attn_out, mlp_out, z, q, k, v, pattern, result.")
+        ] = "resid_pre",
         direction: Annotated[str, typer.Option(help="denoising, noising or both.")] = "denoising",
-        by: Annotated[str | None, typer.Option(help=BY, show_default=False)] = None,
-        layers: Annotated[str | None, typer.Option(help="Which, as 0,3-5.  [default: all]", show_default=False)] = None,
-        heads: Annotated[str | None, typer.Option(help="Which.  [default: all]", show_default=False)] = None,
-        positions: Annotated[
-            str | None, typer.Option(help="Which; -1 is the last.  [default: all]", show_default=False)
-        ] = None,
-        window: Annotated[int, typer.Option(min=1, help="Layers patched together, centred on each.")] = 1,
-        sets: Annotated[Path | None, typer.Option(help=SETS, show_default=False)] = None,
-        metric: Annotated[str, typer.Option(help=METRIC)] = "logit_diff",
-        method: Annotated[str, typer.Option(help="exact, full, attribution, integrated, both.")] = "exact",
-        steps: Annotated[int, typer.Option(min=1, help="Of integrated gradients.")] = 10,
         noise: Annotated[
             float | None,
             typer.Option(help="Causal tracing: noise on the field `subject`, in σ of embeddings.", show_default=False),
         ] = None,
         copies: Annotated[int, typer.Option(min=1, help="Noised runs a prompt.")] = 10,
-        align: Annotated[str, typer.Option(help=ALIGN)] = "error",
-        whole_answer: Annotated[bool, typer.Option("--whole-answer", help=WHOLE)] = False,
-        template: Annotated[str, typer.Option(help="Chat template on the prompts: none or each.")] = "none",
-        common: Running,
+        common: Patching,
     ) -> None:
         """Patch the run on each prompt with the run on its counterfactual, place by place."""
         from finetune_lens.hooked.loading import as_model
         from finetune_lens.prompts import read_prompts
 
         folder = OutputFolder(common.out, "patching", force=common.force)
-        if template not in ("none", "each"):
-            raise InputError(f"template is none or each; found {template!r}")
-        if noise is not None and (sets or whole_answer or template != "none" or method != "exact"):
+        options = common.options() | {"template": common.template == "each"}
+        if noise is not None and (
+            common.sets or common.whole_answer or options["template"] or common.method != "exact"
+        ):
             raise InputError("--noise goes with neither --sets, --whole-answer, --template nor --method")
         items = read_prompts(prompts, limit=common.limit)
         loaded = as_model(
@@ -273,19 +261,11 @@ def main() -> None:
             online=common.online,
         )  # fmt: skip
         folder.check()
-        grid: dict[str, Any] = {
-            "site": site, "by": by.split(",") if by else None, "window": window, "metric": metric, "align": align,
-            "layers": numbers(layers) if layers else None, "heads": numbers(heads) if heads else None,
-            "positions": numbers(positions) if positions else None,
-        }  # fmt: skip
-        execution = common.execution() | {"partial": folder.partial}
+        arguments = {"site": site} | common.grid() | common.execution() | {"partial": folder.partial}
         if noise is not None:
-            result = trace(loaded, items, noise=noise, copies=copies, seed=common.seed, **grid, **execution)
+            result = trace(loaded, items, noise=noise, copies=copies, seed=common.seed, **arguments)
         else:
-            result = patch(
-                loaded, items, direction=direction, sets=read_sets(sets), method=method, steps=steps,
-                whole_answer=whole_answer, template=template == "each", **grid, **execution,
-            )  # fmt: skip
+            result = patch(loaded, items, direction=direction, **arguments, **options)
         finish(result, folder, common)
 
     run(patching)
