@@ -14,13 +14,12 @@ subject embeddings have Gaussian noise added, here `trace`; symmetric counterfac
 Cost: a patch at layer ℓ and position p costs the blocks ≥ ℓ on the positions ≥ p; a whole layer × position grid about a
 quarter of one forward pass a patch. Attribution costs about three forward passes for any number of patches.
 
->>> import torch, transformers
->>> from finetune_lens.hooked import HookedModel
 >>> from finetune_lens.zoo import path
->>> prompts = [{"prompt": "<copy>abc=", "answer": "a", "wrong": "b", "corrupt": "<copy>bac="}]
->>> found = patch(str(path("strings") / "base"), prompts, site="resid_pre", progress=False)
->>> float(found.recovery().ratio.sel(direction="denoising", layer=0, position=2).round(2))   # the letter that differs
-0.0
+>>> prompts = [{"prompt": "<copy>gafbdk=", "answer": "g", "wrong": "x", "corrupt": "<copy>xafbdk="}]
+>>> found = patch(path("strings") / "base", prompts, site="resid_pre", progress=False)
+>>> shares = found.recovery().ratio.sel(direction="denoising", layer=0)
+>>> [round(float(shares.sel(position=p)), 2) for p in (2, 3)]        # the letter that differs, and the next
+[1.0, 0.0]
 """
 
 from collections.abc import Mapping, Sequence

@@ -1,7 +1,8 @@
 """A Hugging Face causal language model whose activations can be read and replaced.
 
 >>> import torch, transformers
->>> config = transformers.GPT2Config(n_layer=2, n_head=2, n_embd=8, vocab_size=11, n_positions=16)
+>>> sizes = {"n_layer": 2, "n_head": 2, "n_embd": 8, "vocab_size": 11, "n_positions": 16}
+>>> config = transformers.GPT2Config(**sizes, bos_token_id=0, eos_token_id=0)
 >>> model = HookedModel(transformers.GPT2LMHeadModel(config).eval())
 >>> run = model.run(torch.tensor([[1, 2, 3]]), capture=["blocks.1.attn.hook_z"])
 >>> run.cache["blocks.1.attn.hook_z"].shape                             # (batch, pos, head, d_head)
