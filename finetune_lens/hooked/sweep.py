@@ -6,6 +6,7 @@ against them, for sums in batches differ in their last bits; those rows are also
 so that a model on which re-entry were wrong is found out and run in full instead, one forward pass a patch.
 """
 
+import hashlib
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field
@@ -115,6 +116,8 @@ def sweep(
 
 def require_places(recipient: HookedModel, donor: HookedModel, patches: Sequence[Patch]) -> None:
     """Raise InputError where a place does not exist on both sides, or is not of one shape."""
+    if not all(patches):
+        raise InputError("a patch sets one place or more; found one that sets none")
     places = {place for patch in patches for place in patch}
     for kind, layer in sorted({(known(p.kind), p.layer) for p in places}):
         recipient.require([kind], [layer])
@@ -175,8 +178,10 @@ class _Sweep:
         if partial is not None:
             from finetune_lens.stream import Store
 
-            facts = {"full": full, "batch": size, "patches": repr(self.patches), "unit": UNIT}
-            self.store = Store(partial, "", arguments | facts)
+            facts = {"batch": size, "patches": repr(self.patches), "unit": UNIT}
+            facts |= {"recipient": _hash(recipient.prompts), "donor": _hash(donor.prompts)}
+            analysis = arguments.get("analysis", "sweep") + ("-full" if full else "")  # each has its own folder
+            self.store = Store(partial, "", {"arguments": arguments, "analysis": analysis} | facts)
 
     def _moved(self, place: Place) -> Place:
         """The residual after a block is the one before the next."""
@@ -272,7 +277,7 @@ class _Batch:
         start = self.sweep.starts[unit[0]]
         effects = {name: np.full((len(unit), len(self.examples)), np.nan) for name in self.names}
         # Example by example: one unpatched row then serves many patches. (The unit is sorted by where patches join.)
-        pairs = [(at, e) for at, patch in enumerate(unit) for e in self.exists(patch)]
+        pairs = [(at, e) for at, patch in enumerate(unit.tolist()) for e in self.exists(patch).tolist()]
         pairs.sort(key=lambda pair: (pair[1], pair[0]))
         begin = 0
         while begin < len(pairs):
@@ -333,11 +338,11 @@ class _Batch:
     def unit_in_full(self, unit: np.ndarray) -> dict[str, np.ndarray]:
         """The same effects, by one forward pass a patch over the whole batch."""
         effects = {name: np.full((len(unit), len(self.examples)), np.nan) for name in self.names}
-        for at, patch in enumerate(unit):
+        for at, patch in enumerate(unit.tolist()):
             examples = self.exists(patch)
             if not len(examples):
                 continue
-            changes = self._changes([(self.sweep.patches[patch], e, e) for e in examples])
+            changes = self._changes([(self.sweep.patches[patch], e, e) for e in examples.tolist()])
             edits = [(site_name(kind, layer), _setting(kind, change)) for (kind, layer), change in changes.items()]
             logits = self.model.run(
                 self.prompts.ids, mask=self.prompts.mask, edits=[*self.own_edits, *edits],
@@ -357,15 +362,15 @@ class _Batch:
         return {site: self._change(*site, self._joined(*site, targets)) for site, targets in sites.items()}
 
     def _joined(self, kind: str, layer: int, targets: list[np.ndarray]) -> np.ndarray:
-        """All targets at a site; where some name a head, "all heads" is written out."""
+        """All targets at a site; where some name a head, "all heads" is written out. Results add up: each once."""
         found = np.concatenate(targets, 1)
         every = found[2] < 0
-        if kind not in HEADS or every.all() or not every.any():
-            return found
-        heads = shape_of(self.model, kind, layer)[0]
-        written = np.repeat(found[:, every], heads, 1)
-        written[2] = np.tile(np.arange(heads), int(every.sum()))
-        return np.concatenate([found[:, ~every], written], 1)
+        if kind in HEADS and every.any() and not every.all():
+            heads = shape_of(self.model, kind, layer)[0]
+            written = np.repeat(found[:, every], heads, 1)
+            written[2] = np.tile(np.arange(heads), int(every.sum()))
+            found = np.concatenate([found[:, ~every], written], 1)
+        return np.unique(found, axis=1) if kind == "result" else found
 
     def _targets(self, place: Place, row: int, example: int) -> np.ndarray:
         """(row, column, head, example) of all that one place sets; head −1: all at once."""
@@ -390,6 +395,15 @@ class _Batch:
         if kind == "result":
             values = result_of(self.sweep.donor.model.anatomy.blocks[layer], values, one)
         return Change(row, column, head, values)
+
+
+def _hash(prompts: Encoded) -> str:
+    """Of the tokens, where they are and what is read: prompts padded or answered otherwise are others."""
+    held = (prompts.ids, prompts.mask, prompts.prompt_columns, prompts.read_at, prompts.answers, prompts.wrongs)
+    digest = hashlib.sha256()
+    for tensor in held:
+        digest.update(repr(tuple(tensor.shape)).encode() + tensor.cpu().contiguous().numpy().tobytes())
+    return digest.hexdigest()
 
 
 def _setting(kind: str, change: Change) -> Callable[[Tensor], Tensor]:
