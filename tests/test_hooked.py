@@ -257,35 +257,26 @@ def test_padding(library, family):
     """A padded batch gives what each example gives alone, at every site; `logits_at` picks from all logits."""
     model = HookedModel(library.model(family))
     names = sites(model)
-    alone = {length: model.run(IDS[1:, :length], capture=names) for length in (4, 5)}
-    same_length = model.run(IDS, capture=names)
+    whole = model.run(IDS, capture=names)
     for row in range(2):
         single = model.run(IDS[row : row + 1], capture=names)
-        near(same_length.logits[row], single.logits[0])
+        near(whole.logits[row], single.logits[0])
         for name in names:
-            near(same_length.cache[name][row], single.cache[name][0])
-    for left in (False, True):
-        ids, mask = torch.full((3, 7), 0), torch.zeros(3, 7, dtype=torch.bool)
-        ids[0], mask[0] = IDS[0], True
-        columns = {}
-        for row, length in ((1, 4), (2, 5)):
-            columns[row] = slice(7 - length, 7) if left else slice(0, length)
-            ids[row, columns[row]], mask[row, columns[row]] = IDS[1, :length], True
-        run = model.run(ids, mask=mask, capture=names)
-        for row, length in ((1, 4), (2, 5)):
-            at = columns[row]
-            near(run.logits[row, at], alone[length].logits[0])
-            for name in names:
-                pattern = parse(name)[0] == "pattern"
-                near(
-                    run.cache[name][row, :, at, at] if pattern else run.cache[name][row, at],
-                    alone[length].cache[name][0],
-                )
-        read = torch.tensor(
-            [[6, 2], [columns[1].stop - 1, columns[1].start], [columns[2].stop - 1, columns[2].stop - 2]]
-        )
-        some = model.run(ids, mask=mask, logits_at=read).logits
-        near(some, model.run(ids, mask=mask).logits.gather(1, read[:, :, None].expand(-1, -1, VOCABULARY)), 1e-6)
+            near(whole.cache[name][row], single.cache[name][0])
+    ids, mask = torch.zeros(3, 7, dtype=torch.long), torch.zeros(3, 7, dtype=torch.bool)
+    columns = (slice(0, 7), slice(2, 7), slice(0, 4))  # no padding, on the left, on the right
+    for row, at in enumerate(columns):
+        ids[row, at], mask[row, at] = IDS[row % 2, : at.stop - at.start], True
+    run = model.run(ids, mask=mask, capture=names)
+    for row, at in enumerate(columns[1:], 1):
+        alone = model.run(ids[row : row + 1, at], capture=names)
+        near(run.logits[row, at], alone.logits[0])
+        for name in names:
+            columns_of = (slice(None), at, at) if parse(name)[0] == "pattern" else at
+            near(run.cache[name][row][columns_of], alone.cache[name][0])
+    read = torch.tensor([[6, 2], [6, 3], [3, 1]])
+    picked = run.logits.gather(1, read[:, :, None].expand(-1, -1, VOCABULARY))
+    near(model.run(ids, mask=mask, logits_at=read).logits, picked)
 
 
 @pytest.mark.parametrize("family", ["gpt2", "gemma2", "mixtral"])
