@@ -163,7 +163,7 @@ def _random(
     from finetune_lens.hooked.effects import effects
     from finetune_lens.hooked.sweep import Side
 
-    order = others_of_the_same_length(where.clean.mask.numpy().sum(1), seed)
+    order = others_of_the_same_length(where.clean.prompt_columns.numpy().sum(1), seed)
     if (order < 0).all():
         raise InputError(
             "random donors need another prompt of the same number of tokens, and no two prompts here have one; give "

@@ -175,7 +175,7 @@ def trace(
     items = read_prompts(prompts, limit=limit)
     model = as_model(model, device=device, dtype=dtype, config=config, tokenizer=tokenizer)
     where = aligned(items, model.require_tokenizer(), corrupted=False, align=align, need_answer=metric != "kl")
-    subjects = _subjects(items, where.clean, subject)
+    subjects = _subjects(items, where.clean, subject, model.require_tokenizer())
     grid = make_grid(model, site, where, by=by, layers=layers, heads=heads, positions=positions, window=window)
     repeated = where.clean.rows(np.repeat(np.arange(len(items)), copies))
     edits = _noised(model, repeated, np.repeat(subjects, copies, 0), noise, seed)
@@ -187,23 +187,33 @@ def trace(
     return Patching(data)
 
 
-def _subjects(prompts: Sequence[Any], encoded: Any, field: str) -> np.ndarray:
+def _subjects(prompts: Sequence[Any], encoded: Any, field: str, tokenizer: Any) -> np.ndarray:
     """(example, pos): True on the tokens that hold the prompt's subject (its first mention)."""
     found = np.zeros(tuple(encoded.ids.shape), bool)
     for row, prompt in enumerate(prompts):
-        subject = prompt.fields.get(field)
-        tokens = encoded.tokens[row]
-        text = "".join(tokens)
-        begin = text.find(str(subject)) if subject else -1
+        given = prompt.fields.get(field)
+        subject = "".join(given.split()) if isinstance(given, str) else ""
+        text, starts, ends = _spelt(encoded.ids[row, encoded.mask[row]].tolist(), tokenizer)
+        begin = text.find(subject) if subject else -1
         if begin < 0:
             raise InputError(
-                f"prompt {prompt.id}: expected a field {field!r} holding a part of its text; found {subject!r}"
+                f"prompt {prompt.id}: expected a field {field!r} holding a part of its text; found {given!r}"
             )
-        ends = np.cumsum([len(token) for token in tokens])
-        starts = ends - [len(token) for token in tokens]
-        inside = (ends > begin) & (starts < begin + len(str(subject)))
+        inside = (ends > begin) & (starts < begin + len(subject))
         found[row, np.flatnonzero(encoded.mask[row].numpy())[inside]] = True
     return found
+
+
+def _spelt(ids: list[int], tokenizer: Any) -> tuple[str, np.ndarray, np.ndarray]:
+    """The text of some tokens without its white space, and where in it each token begins and ends.
+
+    Read from ever longer beginnings: a token alone may lose its space, or be a part of a character.
+    """
+    read = [tokenizer.decode(ids[:end], clean_up_tokenization_spaces=False) for end in range(1, len(ids) + 1)]
+    ends = np.array([len("".join(text.rstrip("\ufffd").split())) for text in read])
+    starts = np.concatenate([[0], ends[:-1]])
+    ends += np.array([text.endswith("\ufffd") for text in read]) & (ends == starts)  # its character is still to come
+    return "".join(read[-1].split()), starts, ends
 
 
 def _noised(model: "HookedModel", encoded: Any, subjects: np.ndarray, noise: float, seed: int) -> Any:

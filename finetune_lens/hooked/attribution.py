@@ -18,7 +18,7 @@ from torch import Tensor
 
 from finetune_lens.errors import InputError
 from finetune_lens.hooked.sites import site_name
-from finetune_lens.hooked.sweep import Patch, Side, require_places
+from finetune_lens.hooked.sweep import Patch, Place, Side, require_places
 from finetune_lens.metrics import DIFFERENTIABLE, score
 
 
@@ -57,7 +57,8 @@ def attribute(
         for number, patch in enumerate(patches):
             columns = [place.column for place in patch if place.column is not None]
             exists = valid[batch][:, columns].all(1)
-            total = sum(_read(maps[place.kind, place.layer], place.kind, place.head, place.column) for place in patch)
+            sites = sorted({(place.kind, place.layer) for place in patch})
+            total = sum(_read(maps[site], [p for p in patch if (p.kind, p.layer) == site]) for site in sites)
             found[number, batch] = np.where(exists, total, np.nan)
     return found
 
@@ -82,6 +83,7 @@ def _maps(
                 here = valid.to(ends.device)
                 if "pattern" not in name:
                     mixed = torch.where(here.reshape(*here.shape, *[1] * (ends.ndim - 2)), mixed, ends)
+                mixed.requires_grad_()
                 total += _gradients(recipient, batch, metric, [name], [(name, mixed)])[1][name]
             gradients[name] = total / steps
     maps = {}
@@ -110,11 +112,11 @@ def _gradients(
     return {name: x.detach() for name, x in run.cache.items()}, gradients
 
 
-def _read(values: np.ndarray, kind: str, head: int | None, column: int | None) -> np.ndarray:
-    """What one place takes from its site's map: (example,)."""
-    if kind == "pattern":
-        return values.sum(1) if head is None else values[:, head]
-    values = values.sum(1) if column is None else values[:, column]
-    if values.ndim == 2:
-        return values.sum(1) if head is None else values[:, head]
-    return values
+def _read(values: np.ndarray, places: Sequence[Place]) -> np.ndarray:
+    """What some places take together from their site's map, each entry once: (example,)."""
+    chosen = np.zeros(values.shape[1:], dtype=bool)
+    for place in places:
+        column = slice(None) if place.column is None else place.column
+        head = slice(None) if place.head is None else place.head
+        chosen[(head,) if place.kind == "pattern" else (column, head)[: chosen.ndim]] = True
+    return values[:, chosen].sum(1)

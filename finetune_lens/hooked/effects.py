@@ -94,8 +94,13 @@ def effects(
         notes += [f"{direction.name}: {note}" for note in swept_notes]
         deviation = max(deviation, worst)
     data = xr.concat(parts, "direction")
-    data = data.assign_coords(example=np.array([p.id for p in prompts], dtype=object), **_fields(prompts))
-    data["tokens"] = (("example", "position"), where.tokens())
+    fields, hidden = _fields(prompts, {*map(str, data.variables), *map(str, data.dims), "tokens", "position"})
+    notes += [f"the field {name!r} of the prompts is left out: the result has its own" for name in hidden]
+    data = data.assign_coords({"example": np.array([p.id for p in prompts], dtype=object), **fields})
+    tokens = where.tokens()
+    if "position" in data.coords:
+        tokens = tokens[:, [where.column(int(position)) for position in data.position.values]]
+    data["tokens"] = (("example", "position"), tokens)
     if "position" not in data.coords:
         data = data.assign_coords(position=where.positions)
     record = {
@@ -115,7 +120,8 @@ def describe_prompts(prompts: Sequence[Prompt]) -> dict[str, Any]:
 
 def _require_metric(metric: str, prompts: Sequence[Prompt], where: Aligned) -> None:
     lacking = [p.id for p in prompts if not p.wrong]
-    if metric == "logit_diff" and where.clean.read_at.shape[1] > 1:
+    whole = where.clean.read_at.shape[1] > 1 or (len(lacking) < len(prompts) and not where.clean.wrongs.shape[1])
+    if metric == "logit_diff" and whole:
         raise InputError("whole answers have no logit difference; pass metric='logprob' (--metric logprob)")
     if metric == "logit_diff" and lacking:
         raise InputError(
@@ -133,7 +139,8 @@ def _measured(
     """Variables of one direction, (patch, example) or (example,); notes; deviation of the unpatched rows."""
     found: dict[str, np.ndarray] = {}
     estimate_only = options.method in ("attribution", "integrated")
-    partial = options.partial if direction.recipient.model.fingerprint else None
+    known = direction.recipient.model.fingerprint and direction.donor.model.fingerprint
+    partial = options.partial if known else None
     swept = sweep(
         direction.recipient, direction.donor, [] if estimate_only else grid.patches, batch_size=options.batch_size,
         full=options.method == "full", progress=options.progress and not estimate_only, label=direction.name,
@@ -162,18 +169,18 @@ def _averaged(values: np.ndarray, copies: int) -> np.ndarray:
     return values.reshape(*values.shape[:-1], -1, copies).mean(-1)
 
 
-def _fields(prompts: Sequence[Prompt]) -> dict[str, Any]:
-    """Free fields that every prompt has, as coordinates along the examples."""
+def _fields(prompts: Sequence[Prompt], taken: set[str]) -> tuple[dict[str, Any], list[str]]:
+    """Free fields that every prompt has, as coordinates along the examples; and those whose names are taken."""
     common = set.intersection(*(set(p.fields) for p in prompts)) if prompts else set()
     found = {}
-    for name in sorted(common - {"example", "direction", "layer", "head", "position", "set", "tokens"}):
+    for name in sorted(common - taken):
         values = [p.fields[name] for p in prompts]
         if all(isinstance(v, bool | int | float) for v in values):
             found[name] = ("example", np.array(values))
         else:
             texts = [v if isinstance(v, str) else json.dumps(v, ensure_ascii=False) for v in values]
             found[name] = ("example", np.array(texts, dtype=object))
-    return found
+    return found, sorted(common & taken)
 
 
 def _facts(direction: Direction, prompts: Sequence[Prompt], arguments: dict[str, Any]) -> dict[str, Any]:

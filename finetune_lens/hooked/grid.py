@@ -2,11 +2,12 @@
 
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import product
 from typing import Any
 
 import numpy as np
+import torch
 
 from finetune_lens.errors import InputError
 from finetune_lens.hooked.model import HookedModel
@@ -48,10 +49,15 @@ class Aligned:
         """The column of a position; negative ones count from the end of prompts of one length.
 
         Raises:
-            InputError: no prompt has it.
+            InputError: no prompt has it, or it is not in one column.
         """
         found = np.flatnonzero(self.positions == position)
         if not len(found) and position < 0 <= self.positions[0]:
+            if not bool(self.clean.prompt_columns[:, : len(self.positions)].all()):
+                raise InputError(
+                    f"position {position} counts from the end, and these prompts of different lengths are aligned at "
+                    "their start; pass align='right' (--align right)"
+                )
             found = np.flatnonzero(self.positions == position + len(self.positions))
         if not len(found):
             raise InputError(
@@ -61,10 +67,11 @@ class Aligned:
         return int(found[0])
 
     def tokens(self) -> np.ndarray:
-        """(example, position): the clean prompts' tokens, "" in padding."""
+        """(example, position): the clean prompts' tokens, "" elsewhere."""
         table = np.full(self.clean.ids.shape, "", dtype=object)
         for row, (mask, tokens) in enumerate(zip(self.clean.mask.numpy(), self.clean.tokens, strict=True)):
             table[row, mask] = tokens
+        table[~self.clean.prompt_columns.numpy()] = ""
         return table[:, : len(self.positions)]
 
 
@@ -84,20 +91,35 @@ def aligned(
     if align not in ("error", "left", "right"):
         raise InputError(f"align is one of error, left, right; found {align!r}")
     options: dict[str, Any] = {"template": template, "whole": whole, "need_answer": need_answer}
-    options["padding"] = "left" if align == "right" else "right"
+    options["padding"] = "right"
     clean = encode(prompts, tokenizer, **options)
     corrupt = encode(prompts, tokenizer, corrupt=True, **options) if corrupted else None
     require_alignment(prompts, clean, corrupt, align)
-    width = max(e.ids.shape[1] for e in (clean, corrupt) if e is not None)
+    sides = [side for side in (clean, corrupt) if side is not None]
+    columns = max(int(side.prompt_columns.sum(1).max()) for side in sides)
+    answer = max(int((side.mask & ~side.prompt_columns).sum(1).max()) for side in sides)
+    width = columns + answer if align == "right" else max(side.ids.shape[1] for side in sides)
     if clean.ids.shape[1] != width:
         clean = encode(prompts, tokenizer, length=width, **options)
     if corrupt is not None and corrupt.ids.shape[1] != width:
         corrupt = encode(prompts, tokenizer, corrupt=True, length=width, **options)
-    used = clean.prompt_columns.any(0).numpy()
-    columns = int(np.flatnonzero(used).max()) + 1
+    if align == "right":
+        clean, corrupt = _ending_at(clean, columns), None if corrupt is None else _ending_at(corrupt, columns)
+    else:
+        columns = int(clean.prompt_columns.sum(1).max())
     ragged = bool((~clean.prompt_columns[:, :columns]).any())
     labels = np.arange(columns) - (columns if align == "right" and ragged else 0)
     return Aligned(clean, corrupt, labels)
+
+
+def _ending_at(encoded: Encoded, columns: int) -> Encoded:
+    """The same, moved to the right so that every prompt (not its answer) ends at that column."""
+    shift = columns - encoded.prompt_columns.sum(1)
+    moved = {
+        name: torch.stack([row.roll(by) for row, by in zip(getattr(encoded, name), shift.tolist(), strict=True)])
+        for name in ("ids", "mask", "prompt_columns", "text_columns")
+    }
+    return replace(encoded, read_at=encoded.read_at + shift[:, None], **moved)
 
 
 def make_grid(
@@ -119,7 +141,7 @@ def make_grid(
         window: layers patched together, centred on each layer.
 
     Raises:
-        InputError: an unknown dimension, a head, layer or position that does not exist.
+        InputError: an unknown dimension, an empty list, a layer or position that does not exist.
     """
     headed = known(kind) in HEADS
     by = tuple(by) if by else ("layer", "head") if headed else ("layer", "position")
@@ -131,6 +153,9 @@ def make_grid(
         raise InputError("a pattern is patched as a whole: no positions for the site 'pattern'")
     if window < 1:
         raise InputError(f"a window has at least one layer; found {window}")
+    for name, given in (("layers", layers), ("heads", heads), ("positions", positions)):
+        if given is not None and not len(given):
+            raise InputError(f"expected one or more {name}, or none given for all; found an empty list")
     layers = range(model.layers) if layers is None else list(layers)
     for layer in layers:
         model.require([kind], [layer])

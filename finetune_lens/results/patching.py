@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from finetune_lens import stats
+from finetune_lens.errors import InputError
 from finetune_lens.results import Result
 
 if TYPE_CHECKING:
@@ -13,7 +14,7 @@ if TYPE_CHECKING:
     import xarray as xr
 
 METRICS = ("logit_diff", "logprob", "prob", "reciprocal_rank", "accuracy", "kl")
-GRID = ("layer", "head", "position", "set")
+ESTIMATES = {"attribution": "attribution", "integrated": "integrated gradients"}  # effects to first order only
 
 
 class Patching(Result):
@@ -133,8 +134,15 @@ class Patching(Result):
         return frame.reindex(frame["effect"].abs().sort_values(ascending=False, kind="stable").index).head(n)
 
     def agreement(self) -> "pd.DataFrame":
-        """Of attribution with the exact effects, by direction: rank correlation, worst disagreement and where."""
+        """Of attribution with the exact effects, by direction: rank correlation, worst disagreement and where.
+
+        Raises:
+            InputError: only one of the two was measured.
+        """
         import pandas as pd
+
+        if f"attribution_{self.metric}" not in self.data:
+            raise InputError("attribution and exact effects are not both there: measure with method='both'")
 
         frame = self.to_frame()
         rows = []
@@ -169,7 +177,10 @@ class Patching(Result):
         """What was patched into what, the difference to recover, and where it is."""
         site, examples = self.data.attrs["site"], self.data.sizes["example"]
         cells = int(np.prod([self.data.sizes[dim] for dim in self.dims]))
-        lines = [f"{site} patched, {cells} {' × '.join(self.dims)} cells, {examples} examples; metric {self.metric}"]
+        method = ESTIMATES.get(self.data.attrs.get("method"))
+        how = f" (estimated by {method})" if method else ""
+        grid = f"{cells} {' × '.join(self.dims)} cells"
+        lines = [f"{site} patched{how}, {grid}, {examples} examples; metric {self.metric}"]
         for row in self.gap().to_dict("records"):
             lines += self._lines(row)
         lines += [str(note) for note in self.provenance.get("notes", [])]
