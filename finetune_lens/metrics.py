@@ -37,6 +37,8 @@ def score(
     """
     logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
     answers, wrongs = answers.to(logits.device), wrongs.to(logits.device)
+    if not answers.shape[-1]:  # no row has one
+        answers = torch.full((*answers.shape[:-1], 1), -1, device=logits.device)
     step = (answers >= 0).any(-1)
     step[:, 0] = True
     known = (answers[:, 0] >= 0).any(-1)
