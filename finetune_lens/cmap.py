@@ -119,10 +119,16 @@ def cross_patch(
     sides = {DIRECTIONS[0]: (one, other), DIRECTIONS[1]: (other, one)}
     wanted = [Direction(name, *sides[name]) for name in (DIRECTIONS if direction == "both" else (direction,))]
     common: dict[str, Any] = {"site": "sets" if sets else site, "options": options}
+    order = others_of_the_same_length(where.clean.prompt_columns.numpy().sum(1), seed)
+    if controls and (order < 0).all():
+        raise InputError(
+            "random donors need another prompt of the same number of tokens, and no two prompts here have one; give "
+            "more prompts, or pass controls=False (--no-controls)"
+        )
     data = effects(wanted, grid, where, items, arguments={"analysis": "cmap"}, **common)
     data["self_donor"] = ("direction", [_self_donor(d, grid, options) for d in wanted])
     if controls:
-        data = data.assign(_random(wanted, grid, where, items, seed, common))
+        data = data.assign(_random(wanted, grid, where, items, order, seed, common))
     return CrossPatching(data)
 
 
@@ -154,8 +160,8 @@ def _self_donor(direction: "Direction", grid: "Grid", options: "Options") -> flo
 
 
 def _random(
-    directions: Sequence["Direction"], grid: "Grid", where: "Aligned", prompts: Sequence[Any], seed: int,
-    common: dict[str, Any],
+    directions: Sequence["Direction"], grid: "Grid", where: "Aligned", prompts: Sequence[Any],
+    order: np.ndarray, seed: int, common: dict[str, Any],
 ) -> "xr.Dataset":  # fmt: skip
     """The effects with each donor run on another prompt of the same length: random_M (direction, …, example)."""
     from dataclasses import replace
@@ -163,12 +169,6 @@ def _random(
     from finetune_lens.hooked.effects import effects
     from finetune_lens.hooked.sweep import Side
 
-    order = others_of_the_same_length(where.clean.prompt_columns.numpy().sum(1), seed)
-    if (order < 0).all():
-        raise InputError(
-            "random donors need another prompt of the same number of tokens, and no two prompts here have one; give "
-            "more prompts, or pass controls=False (--no-controls)"
-        )
     lonely = order < 0
     chosen = np.where(lonely, np.arange(len(order)), order)
     wanted = [replace(d, donor=Side(d.donor.model, d.donor.prompts.rows(chosen))) for d in directions]

@@ -17,7 +17,7 @@ from finetune_lens.hooked import HookedModel
 from finetune_lens.pair import ModelPair
 from finetune_lens.results.cmap import CrossPatching
 
-TEXTS = "abcde fghij klmno pqrst uvwxy zabcd defgh hijkl".split()
+TEXTS = ["abcde", "fghij", "klmno", "pqrst", "uvwxy", "zabcd", "defgh", "hijkl"]
 D_HEAD = 8
 
 
@@ -89,7 +89,7 @@ def test_a_changed_value_head(library, family, layer):
 
 @pytest.mark.parametrize("what", ["o", "mlp"])
 def test_a_changed_output(library, family, what):
-    """A head's W_O is invisible in z and all of the difference in its result and its layer's output; an MLP likewise."""
+    """A head's W_O is invisible in z and is all of the difference in its result and its layer's output; so an MLP."""
     base = library.model(family)
     tuned = edited(base, family, what, 0, 2)
     prompts = told_apart(base, tuned)
@@ -211,7 +211,7 @@ def test_prompts_of_different_lengths(library):
     assert there.sel(position=0).values.tolist() == [True, True, False]
     assert there.isel(example=[0, 1]).all()
     with pytest.raises(InputError, match=r"random donors need another prompt .*controls=False"):
-        cross(base, tuned, [whole[0], whole[2]], align="left", metric="logprob")
+        cross(base, tuned, [whole[0], {**whole[2], "answer": "p"}], align="left", metric="logprob")
 
 
 def test_a_saved_result(library, tmp_path):
@@ -262,7 +262,7 @@ def test_pairs_that_do_not_fit(library, tmp_path):
     deeper = transformers.LlamaForCausalLM(config).eval()
     with pytest.raises(InputError, match=r"2 layers and .* 3; expected models of one depth|cannot be aligned"):
         cross(library.model("llama"), deeper, prompts)
-    with pytest.raises(InputError, match="cannot be aligned|one of one shape|two versions of one architecture"):
+    with pytest.raises(InputError, match=r"cannot be aligned|two versions of one architecture"):
         cross(library.model("llama"), library.model("qwen3"), prompts)
     base = library.model("llama")
     tuned = edited(base, "llama", "v", 0, 1)

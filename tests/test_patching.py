@@ -1,4 +1,4 @@
-"""Patching: what must be 1 and 0 is, grids are the sets they stand for, positions correspond, results say what is so."""
+"""Patching: what must be 1 and 0 is, grids are the sets they stand for, positions correspond, results say it."""
 
 import string
 from typing import Any

@@ -199,7 +199,7 @@ class _Sweep:
         from tqdm.auto import tqdm
 
         total = sum(len(self.patches) * len(batch) for batch in self.batches)
-        recipients, donors, effects = [], [], []
+        recipients, donors, effects, worst = [], [], [], 0.0
         written_out = any(place.kind == "pattern" for patch in self.patches for place in patch)
         with (
             patterns_visible(self.recipient.model.module) if written_out else nullcontext(),  # in unpatched runs too
@@ -214,9 +214,12 @@ class _Sweep:
                     name = f"{number}-{at}"
                     done = self.store.get(name) if self.store else None
                     if done is None:
+                        self.deviation = 0.0
                         done = prepared.unit_in_full(unit) if self.full else prepared.unit(unit)
+                        done["deviation"] = self.deviation
                         if self.store:
                             self.store.put(name, done)
+                    worst = max(worst, done["deviation"])
                     for metric, values in blank.items():
                         values[unit] = done[metric]
                     bar.update(len(unit) * len(batch))
@@ -225,7 +228,7 @@ class _Sweep:
             {name: np.concatenate([e[name] for e in effects], 1) for name in effects[0]},
             {name: np.concatenate([r[name] for r in recipients]) for name in recipients[0]},
             {name: np.concatenate([d[name] for d in donors]) for name in donors[0]},
-            self.deviation,
+            worst,
         )
 
 
