@@ -248,8 +248,9 @@ def test_a_saved_result(library, tmp_path):
 )
 def test_bad_input(library, options, words):
     base = library.model("gpt2")
+    prompts = [{"prompt": text, "answer": "a", "wrong": "b"} for text in ("ab=", "cd=")]
     with pytest.raises(InputError, match=words):
-        cross(base, edited(base, "gpt2", "v", 0, 1), [{"prompt": "ab=", "answer": "a", "wrong": "b"}], **options)
+        cross(base, edited(base, "gpt2", "v", 0, 1), prompts, **options)
 
 
 def test_pairs_that_do_not_fit(library, tmp_path):
