@@ -292,6 +292,24 @@ def test_places_named_twice_are_set_once(library, family, full):
         same(sweep(recipient, donor, twice, full=full, progress=False).effects, once.effects)
 
 
+@pytest.mark.parametrize("full", [False, True])
+@pytest.mark.parametrize("sides", [("right", "none"), ("none", "right"), ("left", "none"), ("none", "left")])
+def test_all_columns_are_those_that_both_sides_have(library, full, sides):
+    """Where recipient and donor differ in length, no padding stands in for a token."""
+    model = HookedModel(library.model("llama"))
+    recipient, donor = (Side(model, encoded(seed, padding)) for seed, padding in enumerate(sides))
+    both = recipient.prompts.mask & donor.prompts.mask
+    kinds = [("resid_pre", None), ("z", 1), ("k", None)]
+    whole = [(Place(kind, 1, head),) for kind, head in kinds]
+    found = sweep(recipient, donor, whole, full=full, progress=False).effects
+    for example in range(EXAMPLES):
+        columns = both[example].nonzero()[:, 0].tolist()
+        written = [tuple(Place(kind, 1, head, c) for c in columns) for kind, head in kinds]
+        expected = sweep(recipient, donor, written, full=full, progress=False).effects
+        for name in ("logit_diff", "kl"):
+            np.testing.assert_allclose(found[name][:, example], expected[name][:, example], atol=1e-5)
+
+
 def test_neither_batches_nor_units_matter(library, monkeypatch):
     model = HookedModel(library.model("llama"))
     recipient, donor = Side(model, encoded(0, "left")), Side(changed(model), encoded(1, "left"))
