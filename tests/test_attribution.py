@@ -1,6 +1,7 @@
 """Attribution: exact where the model is linear, explicit gradients elsewhere, complete along the path, first order."""
 
 import copy
+import dataclasses
 import itertools
 
 import numpy as np
@@ -175,6 +176,21 @@ def test_edits_of_a_side_are_in_its_gradient(library):
         effect = sweep(noised, clean, patches, progress=False).effects["logit_diff"]
         assert np.abs(effect).max() > 1e-3
         np.testing.assert_allclose(estimate, effect, atol=0.1 * np.abs(effect).max())
+
+
+def test_all_columns_are_those_that_both_sides_have(library):
+    """What only one side has is no token of the other, and counts for nothing."""
+    model = HookedModel(library.model("gpt2"))
+    recipient, donor = Side(model, encoded(0)), encoded(1)
+    shorter = donor.prompt_columns.clone()
+    shorter[0, 3:] = False
+    donor = Side(near_copy(model, 0.1), dataclasses.replace(donor, prompt_columns=shorter))
+    for steps in (0, 2):
+        whole = attribute(recipient, donor, [(Place("z", 0),)], "logit_diff", steps=steps, progress=False)
+        split = [(Place("z", 0, None, c),) for c in range(WIDTH)]
+        parts = attribute(recipient, donor, split, "logit_diff", steps=steps, progress=False)
+        assert np.isnan(parts[:, 0]).tolist() == [False] * 3 + [True] * 3
+        np.testing.assert_allclose(np.nansum(parts, 0), whole[0], atol=1e-6)
 
 
 def test_bad_input(library):

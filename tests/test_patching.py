@@ -230,6 +230,9 @@ def test_whole_answers(model):
         ended.data.logprob.isel(example=0), found["error"].data.logprob.isel(example=0).sel(position=[4]), atol=1e-5
     )
     assert ended.data.tokens.values.tolist() == [["="], ["="]]
+    two = [prompts[0], {"prompt": "ab=", "corrupt": "xb=", "answer": "uvw"}]
+    started = run(model, two, whole_answer=True, metric="logprob", align="left")
+    assert started.data.tokens.values[1].tolist() == ["a", "b", "=", "", ""]  # what follows is the answer's
     for bad in (prompts, prompts[1:2], [{**prompts[1], "wrong": "t"}]):
         with pytest.raises(InputError, match=r"whole answers have no logit difference|needs a wrong answer"):
             run(model, bad, whole_answer=True)

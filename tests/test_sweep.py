@@ -475,6 +475,25 @@ def test_a_sweep_in_full_continues_too(library, monkeypatch, tmp_path):
         sweep(recipient, donor, patches, **options)
     sweep(recipient, donor, patches, **options)
     assert len(done) == 1 + len(patches)
+    monkeypatch.setattr(engine, "resume", count := Stops(-1))
+    assert not sweep(recipient, donor, patches, **options).notes
+    assert count.calls == len(patches)  # full runs do not stand in for re-entered ones
+
+
+def test_the_largest_deviation_is_told(library, monkeypatch):
+    """Of any unit, not of the last."""
+    model, calls = HookedModel(library.model("gpt2")), []
+
+    def less_and_less_wrong(*arguments):
+        calls.append(1e-4 / (1 + len(calls)))
+        return resume(*arguments) + calls[-1]
+
+    monkeypatch.setattr(engine, "UNIT", 4)
+    monkeypatch.setattr(engine, "resume", less_and_less_wrong)
+    side = Side(model, encoded(0))
+    found = sweep(side, side, [(Place("resid_pre", 1, None, c),) for c in range(COLUMNS)], progress=False)
+    assert len(calls) == COLUMNS
+    assert found.deviation == pytest.approx(1e-4, rel=0.1)
 
 
 @pytest.mark.parametrize(
