@@ -214,6 +214,17 @@ def test_prompts_of_different_lengths(library):
         cross(base, tuned, [whole[0], {**whole[2], "answer": "p"}], align="left", metric="logprob")
 
 
+def test_what_has_no_file_is_not_kept(library, tmp_path):
+    """Numbers of a model in memory, which may change under the same name, do not wait for another call."""
+    base = library.model("gpt2")
+    tuned = edited(base, "gpt2", "v", 0, 1)
+    prompts = told_apart(base, tuned)
+    cross(library.saved("gpt2"), tuned, prompts, partial=tmp_path / "chunks", controls=False)
+    assert not (tmp_path / "chunks").exists()
+    cross(library.saved("gpt2"), library.saved("gpt2"), prompts, partial=tmp_path / "chunks", controls=False)
+    assert len(list((tmp_path / "chunks").iterdir())) == 2  # a folder each direction
+
+
 def test_a_saved_result(library, tmp_path):
     base = library.model("gpt2")
     tuned = edited(base, "gpt2", "v", 0, 1)

@@ -444,8 +444,8 @@ def test_an_interrupted_sweep_continues(library, monkeypatch, tmp_path):
     assert go(patches=patches[::-1])[0] == len(patches)
     assert go(patches=patches[:-1])[0] == len(patches) - 1
     assert go(arguments={"analysis": "test", "seed": 1})[0] == len(patches)
-    go()
     for name in ("ids", "answers", "wrongs", "mask"):
+        go()
         prompts = copy.copy(recipient.prompts)
         tensor = getattr(prompts, name).clone()
         tensor[0, 0] = tensor[0, 0] ^ 1
