@@ -12,6 +12,7 @@ import xarray as xr
 import finetune_lens as fl
 from finetune_lens.errors import InputError
 from finetune_lens.hooked import HookedModel
+from finetune_lens.hooked.effects import _averaged
 from finetune_lens.patching import _noised, _subjects, patch, trace
 from finetune_lens.prompts import encode, read_prompts
 from finetune_lens.results.patching import Patching
@@ -80,6 +81,9 @@ def test_directions(model):
             np.testing.assert_allclose(
                 one[f"{name}_logit_diff"], (logits[rows, right] - logits[rows, wrong]).numpy(), atol=1e-5
             )
+            above = (logits > logits[rows, right][:, None]).sum(1).numpy()
+            np.testing.assert_allclose(one[f"{name}_reciprocal_rank"], 1 / (1 + above), rtol=1e-6)
+            assert one[f"{name}_accuracy"].values.tolist() == (above == 0).tolist()
         np.testing.assert_allclose(one.logit_diff.sel(layer=0), gap(both).sel(direction=direction), atol=1e-5)
         alone = run(model, items(), direction=direction, by=("layer",))
         assert alone.directions == [direction]
@@ -321,7 +325,9 @@ def test_the_noise(model):
     assert float(added[:, 1:3].std()) == pytest.approx(3 * float(embedded.std()), rel=0.02)
     assert float(added[:, [0, 3, 4, 5]].abs().max()) == 0
     assert len({float(x) for x in added[:, 1, 0]}) == 1000
-    # The copies of an example follow each other; two examples with one copy each have the noise of one with two.
+    # The copies of an example follow each other.
+    assert _averaged(np.arange(8.0)[None], 2).tolist() == [[0.5, 2.5, 4.5, 6.5]]
+    # Two examples with one copy each have the noise of one with two.
     pair, single = ([{**subjects()[0], "id": str(i)} for i in range(n)] for n in (2, 1))
     options = {"site": "resid_pre", "by": ("layer",), "progress": False, "metric": "prob"}
     apart, together = trace(model, pair, copies=1, **options), trace(model, single, copies=2, **options)
