@@ -244,9 +244,8 @@ def main() -> None:
     for name, naive, done, saved, speed in rest:
         print(f"| {name} | {naive:.0f} | {done:.0f} | {saved:.1f} | {speed:.0f} |")
     if not options.no_memory:
-        print(
-            "\n| peak memory over the loaded model, MiB | TransformerLens (its second copy of the model included) | ours |\n|---|---|---|"
-        )
+        peer = "TransformerLens (its second copy of the model included)"
+        print(f"\n| peak memory over the loaded model, MiB | {peer} | ours |\n|---|---|---|")
         for name in sweeps(options.tokens):
             print(f"| {name} | {peak(options, 'theirs', name):.0f} | {peak(options, 'ours', name):.0f} |", flush=True)
 

@@ -13,9 +13,12 @@ from typing import TYPE_CHECKING, Any
 
 __version__ = "0.1.0"
 __all__ = [
+    "GateFailed",
     "InputError",
     "ModelPair",
     "ModelSeries",
+    "check_pair",
+    "compare_outputs",
     "cross_patch",
     "find_intruders",
     "load",
@@ -29,9 +32,12 @@ __all__ = [
 
 # Public name → the module it lives in; a module's own name stands for itself.
 _WHERE = {
+    "GateFailed": "errors",
     "InputError": "errors",
     "ModelPair": "pair",
     "ModelSeries": "pair",
+    "check_pair": "check",
+    "compare_outputs": "outputs",
     "cross_patch": "cmap",
     "find_intruders": "intruders",
     "measure_updates": "updates",
@@ -45,9 +51,11 @@ _WHERE = {
 
 if TYPE_CHECKING:  # for editors
     from finetune_lens import plots, results, zoo
+    from finetune_lens.check import check_pair
     from finetune_lens.cmap import cross_patch
-    from finetune_lens.errors import InputError
+    from finetune_lens.errors import GateFailed, InputError
     from finetune_lens.intruders import find_intruders
+    from finetune_lens.outputs import compare_outputs
     from finetune_lens.pair import ModelPair, ModelSeries
     from finetune_lens.patching import patch, trace
     from finetune_lens.results import load

@@ -68,6 +68,7 @@ def cross_patch(
     limit: int | None = None,
     device: str = "auto",
     dtype: str = "auto",
+    check: bool = True,
     progress: bool = True,
     partial: Path | None = None,
 ) -> "CrossPatching":
@@ -81,12 +82,15 @@ def cross_patch(
         controls: donors on other prompts, over the same grid.
         template: "none"; "each" puts the prompts through the chat template on both sides.
         seed: of the assignment of random donors.
+        check: refuse a pair that fails the trust gate (`check_pair`).
 
     The other arguments are those of `patch`.
 
     Raises:
         InputError: tokenizers that differ on these prompts, activations of different shapes, as `patch`.
+        GateFailed: the trust gate found this pair unsafe to compare.
     """
+    from finetune_lens.check import require_safe
     from finetune_lens.hooked.effects import Direction, Options, effects
     from finetune_lens.hooked.grid import aligned, grid_of_sets, make_grid
     from finetune_lens.hooked.sweep import Side
@@ -125,6 +129,8 @@ def cross_patch(
             "random donors need another prompt of the same number of tokens, and no two prompts here have one; give "
             "more prompts, or pass controls=False (--no-controls)"
         )
+    if check:
+        require_safe(pair, device=device, dtype=dtype)
     data = effects(wanted, grid, where, items, arguments={"analysis": "cmap"}, **common)
     data["self_donor"] = ("direction", [_self_donor(d, grid, options) for d in wanted])
     if controls:
@@ -204,7 +210,7 @@ def others_of_the_same_length(lengths: np.ndarray, seed: int) -> np.ndarray:
 def main() -> None:
     import typer
 
-    from finetune_lens.command import Base, OutputFolder, Patching, Tuned, finish, run
+    from finetune_lens.command import Base, OutputFolder, Patching, Tuned, Unsafe, finish, run
 
     def cmap(
         base: Base,
@@ -216,6 +222,7 @@ def main() -> None:
         ] = "z",
         direction: Annotated[str, typer.Option(help="tuned->base, base->tuned or both.")] = "both",
         controls: Annotated[bool, typer.Option("--controls/--no-controls", help="Donors on other prompts.")] = True,
+        unsafe: Unsafe = False,
         common: Patching,
     ) -> None:
         """Patch each model's run with the other's on the same prompts, place by place, both ways."""
@@ -228,7 +235,7 @@ def main() -> None:
         folder.check()
         result = cross_patch(
             pair, items, site=site, direction=direction, controls=controls, template=common.template, seed=common.seed,
-            partial=folder.partial, **common.grid(), **options, **common.execution(),
+            check=not unsafe, partial=folder.partial, **common.grid(), **options, **common.execution(),
         )  # fmt: skip
         finish(result, folder, common)
 

@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from finetune_lens.errors import InputError
+from finetune_lens.errors import GateFailed, InputError
 from finetune_lens.files import whole_file
 
 if TYPE_CHECKING:
@@ -41,6 +41,9 @@ Orientation = Annotated[
 ]
 AllowNonfinite = Annotated[
     bool, typer.Option("--allow-nonfinite", help="Exit 0 although weights with NaN or Inf were left out.")
+]
+Unsafe = Annotated[
+    bool, typer.Option("--unsafe", help="Go on although the trust gate finds this pair unsafe to compare.")
 ]
 
 
@@ -265,7 +268,7 @@ def _guarded(function: Callable[..., None]) -> Callable[..., None]:
                 raise
             print(f"error: {error.filename or ''}: {error.strerror or error}", file=sys.stderr)
             raise typer.Exit(2) from None
-        except CheckFailed as failure:
+        except (CheckFailed, GateFailed) as failure:
             print(f"check failed: {failure}", file=sys.stderr)
             raise typer.Exit(1) from None
         except BaseException as error:  # compiled code may turn the interrupt that reaches it into an error of its own

@@ -200,6 +200,7 @@ class ModelPair:
         self.config, self.tokenizer = config, tokenizer
         self._parts: dict[str, tuple[Part, Part | Callable[[], LowRank]]] = parts
         self._models: dict[tuple, tuple[HookedModel, HookedModel]] = {}
+        self.checked: dict[tuple, list[str]] = {}  # failures of the trust gate, by device and dtype
 
     @classmethod
     def load(

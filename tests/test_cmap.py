@@ -221,7 +221,8 @@ def test_what_has_no_file_is_not_kept(library, tmp_path):
     prompts = told_apart(base, tuned)
     cross(library.saved("gpt2"), tuned, prompts, partial=tmp_path / "chunks", controls=False)
     assert not (tmp_path / "chunks").exists()
-    cross(library.saved("gpt2"), library.saved("gpt2"), prompts, partial=tmp_path / "chunks", controls=False)
+    tuned.save_pretrained(tmp_path / "tuned")
+    cross(library.saved("gpt2"), tmp_path / "tuned", prompts, partial=tmp_path / "chunks", controls=False)
     assert len(list((tmp_path / "chunks").iterdir())) == 2  # a folder each direction
 
 

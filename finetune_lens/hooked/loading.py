@@ -100,6 +100,7 @@ def load_pair(
     other = HookedModel(peft, mine, name=tuned.source, fingerprint=tuned.fingerprint)
     shared = HookedModel(peft, one.tokenizer, name=base.source, adapted=False, fingerprint=base.fingerprint)
     if torch.equal(alone, _probed(shared)):
+        shared.known = (_probe_ids(shared), alone)
         return shared, other
     return load_model(base, config=config, tokenizer=tokenizer, device=device, dtype=dtype), other
 
@@ -110,8 +111,11 @@ def shares_weights(base: HookedModel, tuned: HookedModel) -> bool:
 
 
 def _probed(model: HookedModel) -> torch.Tensor:
-    ids = torch.arange(PROBE)[None] % model.vocabulary
-    return model.run(ids).logits
+    return model.run(_probe_ids(model)).logits
+
+
+def _probe_ids(model: HookedModel) -> torch.Tensor:
+    return torch.arange(PROBE)[None] % model.vocabulary
 
 
 def _with_adapter(module: nn.Module, folder: str) -> nn.Module:

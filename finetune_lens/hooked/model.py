@@ -73,6 +73,7 @@ class HookedModel:
         self.name = name or type(self.module).__name__
         self.adapted = adapted
         self.fingerprint = fingerprint
+        self.known: tuple[Tensor, Tensor] | None = None  # ids and logits of the weights alone, before an adapter came
         unembedding = getattr(self.module, "get_output_embeddings", None)
         if not callable(unembedding) or unembedding() is None or not hasattr(self.module, "config"):
             raise InputError(

@@ -21,6 +21,8 @@ KINDS = {
     "updates": "Updates",
     "patching": "Patching",
     "cmap": "CrossPatching",
+    "check": "Check",
+    "outputs": "Outputs",
 }
 
 
