@@ -110,6 +110,26 @@ def resume(model: HookedModel, recording: Recording, rows: Rows) -> Float[Tensor
     return _Pass(model, recording, rows).logits()
 
 
+@torch.no_grad()
+def read_out(model: HookedModel, residual: Float[Tensor, "n d_model"]) -> Float[Tensor, "n vocab"]:
+    """What the model makes of residual streams behind its last block: final norm, unembedding, scales and caps."""
+    inputs = torch.zeros((), device=model.device, dtype=model.dtype).expand(len(residual), 1, residual.shape[-1])
+    last = model.layers - 1
+
+    def passing(layer: int) -> Callable:
+        def forward(original: Callable, hidden: Tensor, *args: Any, **kwargs: Any) -> Any:
+            out = residual[:, None].to(hidden.device, hidden.dtype) if layer == last else hidden
+            return (out,) if model.anatomy.tuple_output else out
+
+        return forward
+
+    with ExitStack() as stack:
+        stack.enter_context(model.side())
+        for layer, block in enumerate(model.anatomy.blocks):
+            stack.enter_context(_forward(block.module, passing(layer)))
+        return model.module(inputs_embeds=inputs, use_cache=False).logits[:, 0]
+
+
 class _Pass:
     """One pass up the blocks with rows joining on the way. Inside, rows are sorted by where they join."""
 
