@@ -7,8 +7,14 @@ from collections.abc import Callable
 from functools import partial
 from typing import TYPE_CHECKING
 
+from finetune_lens.plots.attribution_against_exact import attribution_against_exact
+from finetune_lens.plots.cmap_bars import cmap_bars
 from finetune_lens.plots.intruder_counts import intruder_counts
 from finetune_lens.plots.intruder_map import intruder_map
+from finetune_lens.plots.outputs_lens import outputs_lens
+from finetune_lens.plots.outputs_tokens import outputs_tokens
+from finetune_lens.plots.patching_bars import patching_bars
+from finetune_lens.plots.patching_heatmap import patching_heatmap
 from finetune_lens.plots.sigma_against_cosine import sigma_against_cosine
 from finetune_lens.plots.similarity import similarity
 from finetune_lens.plots.trajectory import trajectory
@@ -21,11 +27,18 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
     from finetune_lens.results import Result
+    from finetune_lens.results.patching import Patching
 
 __all__ = [
+    "attribution_against_exact",
+    "cmap_bars",
     "figures_of",
     "intruder_counts",
     "intruder_map",
+    "outputs_lens",
+    "outputs_tokens",
+    "patching_bars",
+    "patching_heatmap",
     "sigma_against_cosine",
     "similarity",
     "trajectory",
@@ -60,7 +73,28 @@ def figures_of(result: "Result") -> dict[str, Callable[[], "Figure"]]:
             for side in result.sides
             for title, function in functions.items()
         }
+    if result.kind in ("patching", "cmap"):
+        functions = _of_patches(result)
+    if result.kind == "outputs":
+        functions = {"tokens": outputs_tokens} | ({"lens": outputs_lens} if result.has_lens else {})
     return {title: partial(_drawn, function, result) for title, function in functions.items()}
+
+
+def _of_patches(result: "Patching") -> dict[str, Callable[..., "Axes"]]:
+    """A map (of a grid of two dimensions) or bars for each direction; both directions side by side across models."""
+    functions: dict[str, Callable[..., Axes]] = {}
+    flat = len(result.dims) == 2
+    for direction in result.directions:
+        ending = f"_{direction.replace('→', '_to_')}" if len(result.directions) > 1 else ""
+        if flat:
+            functions[f"map{ending}"] = partial(patching_heatmap, direction=direction)
+        elif result.kind != "cmap":
+            functions[f"bars{ending}"] = partial(patching_bars, direction=direction)
+        if f"attribution_{result.metric}" in result.data:
+            functions[f"attribution{ending}"] = partial(attribution_against_exact, direction=direction)
+    if result.kind == "cmap":
+        functions["bars"] = cmap_bars
+    return functions
 
 
 def _drawn(function: Callable[..., "Axes"], result: "Result") -> "Figure":

@@ -24,8 +24,10 @@ COMPONENTS = {
 }  # fmt: skip
 OBSERVED = "#0072B2"
 MARK = "#D55E00"
+PALE = "#A6CDE6"  # of OBSERVED, for areas beneath lines
 NULL_BAND, NULL_LINE = "0.85", "0.45"
 SEQUENTIAL = "magma_r"
+DIVERGING = "RdBu_r"  # white at 0
 
 
 @contextmanager
