@@ -46,11 +46,15 @@ def test_python(clone):
     import matplotlib
 
     matplotlib.use("agg")
-    (code,) = blocks("python")
+    weights, models = blocks("python")
     namespace = {}
-    exec(code, namespace)
+    exec(weights, namespace)
     assert namespace["r"].count() == namespace["r"].count(epsilon=0.5, k=10)
     assert (clone / "r.nc").is_file()
+    namespace = {}
+    exec(models, namespace)
+    assert namespace["r"].data.sizes["direction"] == 2
+    assert namespace["run"].cache.keys() == {"blocks.1.attn.hook_z"}
     matplotlib.pyplot.close("all")
 
 
