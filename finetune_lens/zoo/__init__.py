@@ -1,7 +1,7 @@
 """Tiny pairs that come with the package, for demonstrations and tests: real checkpoints, trained by recipes kept here.
 
 >>> names()
-['strings']
+['boxes', 'strings']
 >>> sorted(entry.name for entry in path("strings").iterdir())
 ['README.md', 'base', 'full', 'lora', 'prompts.jsonl', 'scores.json']
 
@@ -14,7 +14,7 @@ from pathlib import Path
 from finetune_lens.errors import InputError
 
 # Name → the module of its recipe.
-RECIPES = {"strings": "finetune_lens.zoo.strings_recipe"}
+RECIPES = {"strings": "finetune_lens.zoo.strings_recipe", "boxes": "finetune_lens.zoo.boxes_recipe"}
 
 
 def names() -> list[str]:
@@ -22,12 +22,27 @@ def names() -> list[str]:
     return sorted(RECIPES)
 
 
-def path(name: str) -> Path:
-    """The folder that holds `name`.
+def known(name: str) -> str:
+    """The name.
 
     Raises:
         InputError: no such name.
     """
     if name not in RECIPES:
         raise InputError(f"the zoo has no {name!r}; it has: {', '.join(names())}")
-    return Path(__file__).parent / name
+    return name
+
+
+def path(name: str) -> Path:
+    """The folder that holds `name`.
+
+    Raises:
+        InputError: no such name; or a pair that is in the repository and not in an installed package.
+    """
+    folder = Path(__file__).parent / known(name)
+    if not folder.is_dir():
+        raise InputError(
+            f"the pair {name!r} comes with the repository, not with the installed package: work in a clone, or train "
+            f"it with `python -m finetune_lens.zoo build {name}` (runs/zoo/{name})"
+        )
+    return folder

@@ -25,10 +25,10 @@ def build(
     force: Annotated[bool, typer.Option("--force", help="Replace what is already there.")] = False,
     common: Basic,
 ) -> None:
-    """Train a pair from its seed: about ten minutes, on one core. Interrupted, the same command continues."""
+    """Train a pair from its seed: ten minutes or so, on one core. Interrupted, the same command continues."""
     if (name is None) != every:
         raise InputError(f"name one pair ({', '.join(zoo.names())}) or pass --all")
-    chosen = zoo.names() if name is None else [zoo.path(name).name]
+    chosen = zoo.names() if name is None else [zoo.known(name)]
     for one in chosen:
         if (out / one).exists() and not force:
             raise InputError(f"{out / one} exists and would be replaced; choose another --out, or pass --force")
@@ -59,6 +59,9 @@ def show(
         print((zoo.path(name) / "README.md").read_text(), end="")
         return
     for one in zoo.names():
+        if not (Path(zoo.__file__).parent / one).is_dir():
+            print(f"{one}: not in this package; `build {one}` trains it")
+            continue
         title = (zoo.path(one) / "README.md").read_text().splitlines()[0].lstrip("# ")
         print(f"{title}\n  {zoo.path(one)}")
 

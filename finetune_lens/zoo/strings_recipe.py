@@ -13,8 +13,7 @@ import dataclasses
 import json
 import shutil
 import sys
-import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -34,10 +33,9 @@ from finetune_lens.tasks.strings import (
     prompts,
     tokenizer,
 )
+from finetune_lens.zoo.stored import adapted, alone, load, save
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel
-
     from finetune_lens.training import Run
 
 PROMPTS = 64  # of the new task, in prompts.jsonl
@@ -121,7 +119,7 @@ def pretrain(
         checkpoint=checkpoint,
         progress=progress,
     )
-    _save(model, out)
+    save(model, out, tokenizer())
     return run
 
 
@@ -154,7 +152,7 @@ def tune(
         config = LoraConfig(r=rank, lora_alpha=2 * rank, target_modules=LORA_TARGETS, task_type="CAUSAL_LM")
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
-            model = _adapted(get_peft_model, model, config)
+            model = adapted(get_peft_model, model, config)
     held = draw([NEW_TASK], 500, np.random.default_rng(seed), part="validation")
     run = train(
         model,
@@ -170,21 +168,8 @@ def tune(
         checkpoint=checkpoint,
         progress=progress,
     )
-    _save(model, out)
+    save(model, out, tokenizer())
     return run
-
-
-def load(base: Path, adapter: Path | None = None) -> "PreTrainedModel":
-    """The stored model, in float32, with a stored adapter on it if one is given."""
-    import torch
-    from transformers import AutoModelForCausalLM
-
-    model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32, local_files_only=True)
-    if adapter is None:
-        return model
-    from peft import PeftModel
-
-    return _adapted(PeftModel.from_pretrained, model, adapter)
 
 
 def score(
@@ -231,18 +216,8 @@ def build(work: Path, *, settings: Settings = SETTINGS, seed: int = 0, progress:
     Called again after an interruption, it continues: every training run finds its own checkpoint, and one that is
     finished is not run again. On one thread, so that the outcome does not depend on how many cores there are.
     """
-    import torch
-    from transformers.utils import logging
-
-    threads, bars = torch.get_num_threads(), logging.is_progress_bar_enabled()
-    torch.set_num_threads(1)
-    logging.disable_progress_bar()  # reading and writing a megabyte needs none
-    try:
+    with alone():
         return _build(work, settings=settings, seed=seed, progress=progress)
-    finally:
-        torch.set_num_threads(threads)
-        if bars:
-            logging.enable_progress_bar()
 
 
 def _build(work: Path, *, settings: Settings, seed: int, progress: bool) -> Path:
@@ -387,25 +362,3 @@ def card(scores: dict[str, Any]) -> str:
         "Trained again by `python -m finetune_lens.zoo build strings`.",
     ]
     return "\n".join(lines) + "\n"
-
-
-def _adapted(wrap: Callable[..., "PreTrainedModel"], *args: Any) -> "PreTrainedModel":
-    """What PEFT's `wrap` returns; it reads an attribute that transformers warns about, which concerns no user."""
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="`is_gradient_checkpointing` is deprecated", category=FutureWarning)
-        return wrap(*args)
-
-
-def _save(model: "PreTrainedModel", out: Path) -> None:
-    """Write `model` (turned into float16) or its adapter to the folder `out`."""
-    model.half()
-    if hasattr(model, "peft_config"):
-        model.peft_config["default"].base_model_name_or_path = "../base"  # else the path on the machine that trained it
-        model.save_pretrained(out, save_embedding_layers=False)
-        (out / "README.md").unlink()  # a template to be filled in
-        config = json.loads((out / "adapter_config.json").read_text())
-        config["target_modules"].sort()  # a set: its order changes from run to run
-        (out / "adapter_config.json").write_text(json.dumps(config, indent=2) + "\n")
-    else:
-        model.save_pretrained(out)
-        tokenizer().save_pretrained(out)

@@ -1,0 +1,50 @@
+"""Where the gain on boxes lives: heads patched across models, each arm tuned from the same base.
+
+    python -m figures.boxes
+
+Reads analyses/results; writes figures/boxes.png and .pdf.
+"""
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from analyses import boxes as study
+from finetune_lens import plots
+from finetune_lens.plots import _style
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+    from finetune_lens.results.cmap import CrossPatching
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+def draw(results: dict[str, "CrossPatching"]) -> "Figure":
+    """A row an arm, a column a direction: recovery by layer and head."""
+    import matplotlib.pyplot as plt
+
+    from finetune_lens.plots._figure import StyledFigure
+
+    with _style.styled():
+        figure, axes = plt.subplots(
+            len(results), 2, figsize=(_style.PAGE, 1.5 * len(results)), FigureClass=StyledFigure, squeeze=False
+        )
+        for row, (arm, result) in zip(axes, results.items(), strict=True):
+            for ax, direction in zip(row, result.directions, strict=True):
+                plots.patching_heatmap(result, direction=direction, ax=ax)
+                ax.set_title(f"{arm}: {direction}", loc="left")
+    return figure
+
+
+def main() -> None:
+    import matplotlib
+
+    matplotlib.use("agg")
+    figure = draw({arm: study.stored(arm)["z"] for arm in study.ARMS})
+    for kind in ("png", "pdf"):
+        figure.savefig(ROOT / "figures" / f"boxes.{kind}")
+
+
+if __name__ == "__main__":
+    main()
