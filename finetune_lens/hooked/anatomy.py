@@ -109,6 +109,11 @@ def dissect(model: nn.Module) -> Anatomy:
     decoder, blocks = _block_list(model, config)
     found = [_block(block, config) for block in blocks]
     seen, shapes = _probe(model, found[0])
+    if seen["pre"].ndim != 3:
+        raise InputError(
+            f"{type(model).__name__} has a residual stream of shape {tuple(seen['pre'].shape)} (several at once, it "
+            "seems); expected one, (batch, position, width)"
+        )
     bypass = _same(seen.get("attention"), seen.get("projected"))
     if not bypass and _same(seen.get("attention"), seen.get("projected"), beside=seen["pre"]):
         found = [replace(b, attn_out=b.projection) for b in found]  # Bloom's attention adds the residual itself

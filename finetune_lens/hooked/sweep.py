@@ -7,8 +7,8 @@ so that a model on which re-entry were wrong is found out and run in full instea
 """
 
 import hashlib
-from collections.abc import Callable, Sequence
-from contextlib import nullcontext
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -147,6 +147,17 @@ def shape_of(model: HookedModel, kind: str, layer: int) -> tuple[int, ...]:
     )
 
 
+@contextmanager
+def _reentering(model: HookedModel) -> Iterator[None]:
+    """Within: whatever an architecture raises when it is recorded or re-entered says that it cannot be."""
+    try:
+        yield
+    except (torch.OutOfMemoryError, InputError):
+        raise
+    except (TypeError, ValueError, NotImplementedError, AttributeError, RuntimeError, IndexError) as error:
+        raise _Astray(f"{type(model.module).__name__} cannot be re-entered ({error})") from error
+
+
 class _Sweep:
     def __init__(
         self, recipient: Side, donor: Side, patches: Sequence[Patch], batch_size: int | None, full: bool,
@@ -260,7 +271,8 @@ class _Batch:
         ids, mask, read_at = self.prompts.ids, self.prompts.mask, self.prompts.read_at
         if self.sweep.full:
             return self.model.run(ids, mask=mask, edits=self.own_edits, logits_at=read_at).logits
-        self.recording: Recording = record(self.model, ids, mask, read_at, edits=self.own_edits)
+        with _reentering(self.model):
+            self.recording: Recording = record(self.model, ids, mask, read_at, edits=self.own_edits)
         return self.recording.logits
 
     def _scored(self, logits: Tensor, rows: Any, reference: Tensor) -> dict[str, Tensor]:
@@ -310,12 +322,8 @@ class _Batch:
             start, torch.tensor(example), torch.tensor(entry), torch.tensor(behind),
             self._changes([(self.sweep.patches[unit[at]], row, e) for row, (at, e) in enumerate(chunk)]),
         )  # fmt: skip
-        try:
+        with _reentering(self.model):
             logits = resume(self.model, self.recording, rows)
-        except torch.OutOfMemoryError:
-            raise
-        except (TypeError, ValueError, NotImplementedError, AttributeError, RuntimeError, IndexError) as error:
-            raise _Astray(f"{type(self.model.module).__name__} cannot be re-entered ({error})") from error
         patched, unpatched = logits[: len(chunk)], logits[len(chunk) :]
         self._compare(unpatched, self.recording.logits[here])
         beside = torch.tensor([here.index(e) for _, e in chunk])
@@ -429,6 +437,7 @@ def _tokens_at_once(model: HookedModel, columns: int) -> int:
     config = model.module.config.get_text_config()
     width = config.hidden_size
     inner = getattr(config, "intermediate_size", None) or getattr(config, "n_inner", None) or 4 * width
+    inner = max(inner) if isinstance(inner, list | tuple) else inner  # by layer
     number = torch.finfo(model.dtype).bits // 8
     bytes_a_column = number * (12 * width + 4 * inner + 2 * columns * model.heads) + 12 * model.vocabulary / columns
     free = _free_memory(model.device)
