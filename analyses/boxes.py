@@ -37,12 +37,13 @@ def measure(arm: str, *, progress: bool = True) -> tuple["Outputs", dict[str, "C
     }
 
 
-def stored(arm: str) -> dict[str, "CrossPatching"]:
-    """What `main` left: site → result."""
-    return {site: fl.load(RESULTS / f"boxes-{arm}-{site}.nc") for site in SITES}
+def stored(arm: str) -> tuple["Outputs", dict[str, "CrossPatching"]]:
+    """What `main` left, as `measure` gives it."""
+    patches = {site: fl.load(RESULTS / f"boxes-{arm}-{site}.nc") for site in SITES}
+    return fl.load(RESULTS / f"boxes-{arm}-outputs.nc"), patches
 
 
-def report(outputs: dict[str, "Outputs"], patches: dict[str, dict[str, "CrossPatching"]]) -> str:
+def report(found: dict[str, tuple["Outputs", dict[str, "CrossPatching"]]]) -> str:
     """The table of claims, every number from the results."""
     lines = [
         "# Where the gain on boxes lives",
@@ -52,14 +53,15 @@ def report(outputs: dict[str, "Outputs"], patches: dict[str, dict[str, "CrossPat
         "discovery rate of 5 % over the cells of its table, and of the effect of a donor on another prompt.",
     ]
     for arm, words in ARMS.items():
-        table = outputs[arm].table().set_index("measure")
+        outputs, patches = found[arm]
+        table = outputs.table().set_index("measure")
         lines += ["", f"## {arm}: {words}", ""]
         lines += ["| | base | tuned | difference |", "|---|---|---|---|"]
         for name in ("accuracy", "logit_diff"):
             row = table.loc[f"answer: {name}"]
             span = f"{row['difference']:+.2f} [{row['low']:+.2f}, {row['high']:+.2f}]"
             lines.append(f"| {name.replace('_', ' ')} | {row['base']:.2f} | {row['tuned']:.2f} | {span} |")
-        for site, result in patches[arm].items():
+        for site, result in patches.items():
             lines += _cells(site, result)
     return "\n".join(lines) + "\n"
 
@@ -92,13 +94,13 @@ def _share(row: dict[str, Any]) -> str:
 
 
 def main() -> None:
-    outputs, patches = {}, {}
+    found = {}
     for arm in ARMS:
-        outputs[arm], patches[arm] = measure(arm)
-        for site, result in patches[arm].items():
-            with whole_file(RESULTS / f"boxes-{arm}-{site}.nc") as path:
+        outputs, patches = found[arm] = measure(arm)
+        for name, result in {"outputs": outputs, **patches}.items():
+            with whole_file(RESULTS / f"boxes-{arm}-{name}.nc") as path:
                 result.save(path)
-    text = report(outputs, patches)
+    text = report(found)
     with whole_file(RESULTS / "boxes.md") as path:
         path.write_text(text)
     print(text)

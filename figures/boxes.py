@@ -41,7 +41,7 @@ def main() -> None:
     import matplotlib
 
     matplotlib.use("agg")
-    figure = draw({arm: study.stored(arm)["z"] for arm in study.ARMS})
+    figure = draw({arm: study.stored(arm)[1]["z"] for arm in study.ARMS})
     for kind in ("png", "pdf"):
         figure.savefig(ROOT / "figures" / f"boxes.{kind}")
 

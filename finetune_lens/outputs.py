@@ -226,9 +226,9 @@ def _labelled(
     import xarray as xr
 
     from finetune_lens.hooked.effects import describe_prompts
+    from finetune_lens.prompts import printer
 
     found = _joined(parts)
-    tokenizer = one.model.require_tokenizer()
     dims = dict.fromkeys(("kl", "kl_reverse", "js", "flip"), ("example", "position"))
     dims |= dict.fromkeys(("entropy", "loss", "top_prob"), ("side", "example", "position"))
     dims |= dict.fromkeys(("logit_diff", "logprob", "prob", "reciprocal_rank", "accuracy"), ("side", "example"))
@@ -238,10 +238,8 @@ def _labelled(
     data = {name: (d, found[name]) for name, d in dims.items() if name in found}
     width = found["kl"].shape[-1]
     data["token"] = (("example", "position"), _printed(one, width))
-    tops = {
-        i: tokenizer.decode([int(i)], clean_up_tokenization_spaces=False)
-        for i in np.unique(found["top"][~np.isnan(found["top"])])
-    }
+    show = printer(one.model.require_tokenizer())
+    tops = {i: show(int(i)) for i in np.unique(found["top"][~np.isnan(found["top"])])}
     data["top"] = (
         ("side", "example", "position"),
         np.vectorize(lambda i: tops.get(i, ""), otypes=[object])(found["top"]),
@@ -254,7 +252,7 @@ def _labelled(
     largest = np.argsort(-np.abs(shift), kind="stable")[:SHIFTED]
     spread = np.maximum(found["shift_squares"] / texts - shift**2, 0)
     error = np.sqrt(spread / (texts - 1)) if texts > 1 else np.full_like(shift, np.nan)
-    words = [tokenizer.decode([int(i)], clean_up_tokenization_spaces=False) for i in largest]
+    words = [show(int(i)) for i in largest]
     coords |= {"word": np.array(words, dtype=object), "token_id": ("word", largest)}
     data |= {
         "shift": ("word", shift[largest]),

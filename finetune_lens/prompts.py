@@ -252,7 +252,7 @@ def encode(
         _refuse("no `answer`", [not p.answer for p in prompts], names)
     if whole:
         _refuse("more than one `answer`; as a whole, one is scored", [len(p.answer) > 1 for p in prompts], names)
-    show = _printer(tokenizer)
+    show = printer(tokenizer)
     readings = _read(prompts, [p.prompt for p in prompts], names, tokenizer, template, whole, show)
     if corrupt:
         clean = readings
@@ -301,9 +301,19 @@ def _refuse(what: str, bad: list[bool], names: list[str]) -> None:
         raise InputError(f"{len(found)} of {len(names)} prompts have {what}: {few}")
 
 
-def _printer(tokenizer: "PreTrainedTokenizerBase") -> Callable[[int], str]:
-    """A token as the tokenizer prints it."""
-    return functools.cache(lambda token: tokenizer.decode([token], clean_up_tokenization_spaces=False))
+def printer(tokenizer: "PreTrainedTokenizerBase") -> Callable[[int], str]:
+    """A token as the tokenizer prints it, with the space before a word that SentencePiece drops when it decodes."""
+
+    @functools.cache
+    def show(token: int) -> str:
+        text, piece = (
+            tokenizer.decode([token], clean_up_tokenization_spaces=False),
+            tokenizer.convert_ids_to_tokens(token),
+        )
+        spaced = isinstance(piece, str) and piece.startswith("\u2581") and not text.startswith(" ")
+        return f" {text}" if spaced else text
+
+    return show
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,7 @@ import torch
 
 from finetune_lens import zoo
 from finetune_lens.errors import InputError
-from finetune_lens.prompts import PROBES, Prompt, encode, read_prompts, require_alignment, same_tokenizer
+from finetune_lens.prompts import PROBES, Prompt, encode, printer, read_prompts, require_alignment, same_tokenizer
 
 STORIES = Path(__file__).resolve().parents[2] / "shared" / "data" / "stories260k"
 WORDS = "The capital of France is Paris . Germany Berlin Rome Italy a big city and the river"
@@ -575,3 +575,14 @@ def test_vocabularies_are_compared_by_id():
 def test_importing_imports_no_torch(in_new_process):
     code = "import sys, finetune_lens.prompts, finetune_lens.stats; print({'torch', 'transformers'} & {*sys.modules})"
     assert in_new_process("-c", code).stdout.strip() == "set()"
+
+
+def test_tokens_of_sentencepiece_keep_their_space():
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    raw = Tokenizer(models.WordLevel({"▁a": 0, "b": 1, "▁": 2, "?": 3}, unk_token="?"))
+    raw.pre_tokenizer = pre_tokenizers.Metaspace()
+    raw.decoder = decoders.Metaspace()
+    show = printer(PreTrainedTokenizerFast(tokenizer_object=raw, unk_token="?"))
+    assert [show(i) for i in range(3)] == [" a", "b", " "]
