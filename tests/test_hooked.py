@@ -416,6 +416,10 @@ def test_what_is_missing_is_said(library):
     for value in (lambda x: x[:, :2], torch.zeros(2, 3, 32)):
         with pytest.raises(InputError, match=r"blocks.0.hook_resid_pre .*\(2, [23], 32\); expected \(2, 7, 32\)"):
             model.run(IDS, edits=[("blocks.0.hook_resid_pre", value)])
+    with pytest.raises(InputError, match="reads at most 24 tokens, and a text here has 25"):
+        HookedModel(library.model("gpt2")).run(torch.zeros(1, 25, dtype=torch.int64))
+    with pytest.raises(InputError, match=f"embeddings for {VOCABULARY} tokens, and a text here has the token 40"):
+        HookedModel(library.model("gpt2")).run(torch.tensor([[3, VOCABULARY]]))
     with pytest.raises(InputError, match="expected a Hugging Face causal language model, found Linear"):
         HookedModel(torch.nn.Linear(2, 2))
     bert = transformers.BertConfig(
@@ -424,4 +428,4 @@ def test_what_is_missing_is_said(library):
     with pytest.raises(InputError, match="expected a Hugging Face causal language model, found BertModel"):
         HookedModel(transformers.BertModel(bert))
     with pytest.raises(InputError, match="BertForMaskedLM is not a decoder that can be hooked here"):
-        HookedModel(transformers.BertForMaskedLM(bert)).run(IDS, capture=["blocks.0.hook_resid_pre"])
+        HookedModel(transformers.BertForMaskedLM(bert)).run(IDS[:, :3], capture=["blocks.0.hook_resid_pre"])

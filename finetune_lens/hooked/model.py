@@ -156,7 +156,7 @@ class HookedModel:
             keys_values: keep the attention's keys and values.
 
         Raises:
-            InputError: a site that the model does not have.
+            InputError: a site that the model does not have; texts that it cannot read.
 
         Cost: one forward pass; memory: the captured activations.
         """
@@ -188,7 +188,21 @@ class HookedModel:
         return Run(out.logits, captured, [(layer.keys, layer.values) for layer in layers])
 
     def inputs(self, ids: Tensor, mask: Tensor | None) -> dict[str, Any]:
-        """What the module's forward is called with. Without padding no mask is given: the fast paths stay open."""
+        """What the module's forward is called with. Without padding no mask is given: the fast paths stay open.
+
+        Raises:
+            InputError: more tokens than the model reads, or a token that it has no embedding for.
+        """
+        length = ids.shape[1] if mask is None else int(mask.sum(1).max())
+        most = getattr(self.module.config.get_text_config(), "max_position_embeddings", None)
+        if most and length > most:
+            raise InputError(f"{self.name} reads at most {most} tokens, and a text here has {length}; shorten it")
+        rows = self.module.get_input_embeddings().weight.shape[0]
+        if ids.numel() and int(ids.max()) >= rows:
+            raise InputError(
+                f"{self.name} has embeddings for {rows} tokens, and a text here has the token {int(ids.max())}; is "
+                "the tokenizer that of another model?"
+            )
         inputs: dict[str, Any] = {"input_ids": ids.to(self.device), "use_cache": False}
         if mask is not None and not bool(mask.all()):
             mask = mask.to(self.device)
