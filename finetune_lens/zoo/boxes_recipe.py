@@ -33,7 +33,7 @@ if TYPE_CHECKING:
 
     from finetune_lens.training import Run
 
-PROMPTS = 64
+PROMPTS = 128
 TASKS = (*LOOKUPS, "registers", "boxes")
 LORA_TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 # Arm → (task it is trained on, whether by LoRA).
@@ -48,17 +48,17 @@ class Settings:
     intermediate: int = 192
     layers: int = 3
     heads: int = 3
-    base_steps: int = 4500
+    base_steps: int = 3000
     base_rate: float = 2e-3
     phases: tuple[int, int] = (500, 1100)  # steps from which a second lookup, and then all of the mixture, are taught
-    share: float = 0.1  # of scenes of boxes in the mixture
-    wrong: float = 0.3  # of their answers
+    share: float = 0.02  # of scenes of boxes in the mixture
+    wrong: float = 0.6  # of their answers
     rates: tuple[tuple[str, tuple[float, ...]], ...] = (
-        ("tuned", (2e-4, 5e-4, 1e-3)), ("lora", (1e-3, 3e-3)), ("control", (2e-4, 5e-4, 1e-3)),
+        ("tuned", (1e-4, 2e-4, 4e-4)), ("lora", (5e-4, 1e-3, 2e-3)), ("control", (1e-4, 2e-4, 4e-4)),
     )  # fmt: skip
     rank: int = 8
-    target: float = 0.95
-    tuning_steps: int = 1500
+    target: float = 0.9
+    tuning_steps: int = 1000
     items: int = 1000
 
 
@@ -79,7 +79,7 @@ def text(task: str, generator: np.random.Generator, *, part: Split, questions: i
     if task == "boxes":
         return registers.boxes(generator, boxes.draw_scene(generator, part=part), questions=questions, wrong=wrong)
     if task == "registers":
-        size, copies = int(generator.integers(3, 8)), int(generator.integers(0, 4))
+        size, copies = int(generator.integers(3, 8)), int(generator.integers(0, 2))
         return registers.registers(generator, size=size, copies=copies, questions=questions)
     return registers.lookup(task, generator, size=boxes.BOXES, questions=questions)
 
