@@ -19,6 +19,7 @@ bench: .venv/.dev
 	$(BIN)/python benchmarks/memory.py
 	$(BIN)/python benchmarks/spectra.py
 	$(BIN)/python benchmarks/large.py
+	$(BIN)/python benchmarks/patching.py
 
 zoo: .venv/.core
 	$(BIN)/python -m finetune_lens.zoo build --all

@@ -1,6 +1,6 @@
 """Where does the gain live? Cross-model patching on the zoo's pair `boxes`.
 
-    python -m analyses.boxes                 # a minute; results in analyses/results/boxes-*.nc and boxes.md
+    python -m analyses.boxes                 # a minute; analyses/results/boxes.md, and the heads' results
     python -m figures.boxes                  # the figure, from the stored results
 
 Three arms were tuned from one base: `tuned` and `lora` on registers, with no box among them, `control` on boxes. On the
@@ -37,10 +37,9 @@ def measure(arm: str, *, progress: bool = True) -> tuple["Outputs", dict[str, "C
     }
 
 
-def stored(arm: str) -> tuple["Outputs", dict[str, "CrossPatching"]]:
-    """What `main` left, as `measure` gives it."""
-    patches = {site: fl.load(RESULTS / f"boxes-{arm}-{site}.nc") for site in SITES}
-    return fl.load(RESULTS / f"boxes-{arm}-outputs.nc"), patches
+def stored(arm: str) -> "CrossPatching":
+    """The patches of single heads that `main` left."""
+    return fl.load(RESULTS / f"boxes-{arm}-z.nc")
 
 
 def report(found: dict[str, tuple["Outputs", dict[str, "CrossPatching"]]]) -> str:
@@ -52,10 +51,12 @@ def report(found: dict[str, tuple["Outputs", dict[str, "CrossPatching"]]]) -> st
         "the same scene; 95 % intervals over prompts; a cell is named where its effect is clear of 0 at a false",
         "discovery rate of 5 % over the cells of its table, and of the effect of a donor on another prompt.",
     ]
-    for arm, words in ARMS.items():
-        outputs, patches = found[arm]
+    for arm in found:
+        words, (outputs, patches) = ARMS[arm], found[arm]
         table = outputs.table().set_index("measure")
-        lines += ["", f"## {arm}: {words}", ""]
+        accuracy = table.loc["answer: accuracy"]
+        verdict = "rises" if accuracy["low"] > 0 else "falls" if accuracy["high"] < 0 else "does not change clearly"
+        lines += ["", f"## {arm}: {words}", "", f"Accuracy on boxes {verdict}.", ""]
         lines += ["| | base | tuned | difference |", "|---|---|---|---|"]
         for name in ("accuracy", "logit_diff"):
             row = table.loc[f"answer: {name}"]
@@ -96,10 +97,9 @@ def _share(row: dict[str, Any]) -> str:
 def main() -> None:
     found = {}
     for arm in ARMS:
-        outputs, patches = found[arm] = measure(arm)
-        for name, result in {"outputs": outputs, **patches}.items():
-            with whole_file(RESULTS / f"boxes-{arm}-{name}.nc") as path:
-                result.save(path)
+        found[arm] = measure(arm)
+        with whole_file(RESULTS / f"boxes-{arm}-z.nc") as path:
+            found[arm][1]["z"].save(path)
     text = report(found)
     with whole_file(RESULTS / "boxes.md") as path:
         path.write_text(text)

@@ -21,7 +21,7 @@ ROOT = Path(__file__).resolve().parents[1]
 
 
 def draw(results: dict[str, "CrossPatching"]) -> "Figure":
-    """A row an arm, a column a direction: recovery by layer and head."""
+    """A row an arm, a column a direction: mean effect by layer and head."""
     import matplotlib.pyplot as plt
 
     from finetune_lens.plots._figure import StyledFigure
@@ -32,8 +32,8 @@ def draw(results: dict[str, "CrossPatching"]) -> "Figure":
         )
         for row, (arm, result) in zip(axes, results.items(), strict=True):
             for ax, direction in zip(row, result.directions, strict=True):
-                plots.patching_heatmap(result, direction=direction, ax=ax)
-                ax.set_title(f"{arm}: {direction}", loc="left")
+                plots.patching_heatmap(result, direction=direction, quantity="effect", ax=ax)
+                ax.set_title(f"{arm}: {direction}")
     return figure
 
 
@@ -41,7 +41,7 @@ def main() -> None:
     import matplotlib
 
     matplotlib.use("agg")
-    figure = draw({arm: study.stored(arm)[1]["z"] for arm in study.ARMS})
+    figure = draw({arm: study.stored(arm) for arm in study.ARMS})
     for kind in ("png", "pdf"):
         figure.savefig(ROOT / "figures" / f"boxes.{kind}")
 
