@@ -63,6 +63,7 @@ def score(
     if wanted("reciprocal_rank", "accuracy"):
         best = torch.where(answers >= 0, logits.gather(-1, answers.clamp_min(0)), -torch.inf).amax(-1, keepdim=True)
         above = torch.where(step, (logits > best).sum(-1), 0).amax(1)
+        known = known & ~torch.isnan(logits.amax(-1)).any(1)  # NaN is above nothing
         found["reciprocal_rank"] = torch.where(known, 1 / (1 + above.to(logits.dtype)), nan)
         found["accuracy"] = torch.where(known, (above == 0).to(logits.dtype), nan)
     if reference is not None and wanted("kl"):
@@ -73,7 +74,7 @@ def score(
 def kl(reference: Float[Tensor, "*row vocab"], logits: Float[Tensor, "*row vocab"]) -> Float[Tensor, "*row"]:
     """KL(reference ‖ logits) in nats, of the distributions that the logits stand for."""
     p, q = reference.to(logits.dtype).log_softmax(-1), logits.log_softmax(-1)
-    return torch.where(p > -torch.inf, p.exp() * (p - q), torch.zeros_like(p)).sum(-1)
+    return torch.where(p == -torch.inf, torch.zeros_like(p), p.exp() * (p - q)).sum(-1)
 
 
 def _joined(logits: Float[Tensor, "row step vocab"], ids: Int[Tensor, "row step alternative"]) -> Tensor:

@@ -126,6 +126,15 @@ def _readings(models: Sequence[Any], items: Sequence[Any], template: str, whole:
             )
     if not all(torch.equal(getattr(sides[0], name), getattr(sides[1], name)) for name in ("answers", "wrongs")):
         raise InputError("base and tuned model read the answers as different tokens; give one tokenizer to both")
+    shared = min(m.vocabulary for m in models)
+    for row, item in enumerate(items):
+        if (
+            max(int(part[row].max()) if part[row].numel() else -1 for part in (sides[0].answers, sides[0].wrongs))
+            >= shared
+        ):
+            raise InputError(
+                f"prompt {item.id}: an answer or a wrong answer is a token beyond the {shared} that both models have"
+            )
     return tuple(Reading(m, side, c) for m, side, c in zip(models, sides, columns, strict=True))
 
 
@@ -260,6 +269,9 @@ def _labelled(
         "base_prob": ("word", found["base_prob"][largest] / texts),
     }
     notes = [] if one.model.vocabulary == other.model.vocabulary else ["only tokens that both models have are compared"]
+    broken = int((np.isnan(found["entropy"]).any(0) & (data["token"][1] != "")).sum())
+    if broken:
+        notes.append(f"{broken} positions have logits that are NaN: they are left out of every mean")
     if template == "tuned":
         notes.append("the tuned model read the texts within its chat template, the base without")
     record = {

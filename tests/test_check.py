@@ -15,7 +15,7 @@ import finetune_lens as fl
 from finetune_lens import zoo
 from finetune_lens.check import check_pair, require_safe
 from finetune_lens.errors import GateFailed, InputError
-from finetune_lens.hooked import HookedModel
+from finetune_lens.hooked import HookedModel, gates
 from finetune_lens.results.check import Check
 
 
@@ -155,6 +155,27 @@ def test_re_entry_that_is_wrong_is_not_used_and_said(base, tuned):
     assert "re-entry was not used" in line
 
 
+@pytest.mark.parametrize("masked", [False, True])
+def test_patches_by_re_entry_that_are_not_those_of_a_whole_pass(base, tuned, monkeypatch, masked):
+    """Rows that are not patched are right, and those that are get other values."""
+    from finetune_lens.hooked.reentry import _Pass
+
+    if masked:  # a token that is never said
+        for model in (base, tuned):
+            with_hook(model, "lm_head", lambda m, args, out: out.index_fill(-1, torch.tensor([5]), -torch.inf))
+        assert checked(base, tuned).passed
+    changed = _Pass._changed
+    monkeypatch.setattr(
+        _Pass, "_changed", lambda self, kind, layer, x, offset=0: wrong(x, changed(self, kind, layer, x, offset))
+    )
+
+    def wrong(before, after):
+        return after if after is before else before + 1.1 * (after - before)
+
+    found = failed(checked(base, tuned))
+    assert {("re-entry = whole pass", "base"), ("re-entry = whole pass", "tuned")} <= found
+
+
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
 def test_nonfinite_weights(base, tuned, bad):
     with torch.no_grad():
@@ -262,6 +283,18 @@ def test_tokenizers_that_read_differently(base, tuned):
     assert ("tokens have embeddings", "tuned") in failed(check_pair(pair, progress=False))
 
 
+def test_added_tokens_without_embeddings_are_a_note(base, tuned):
+    tokenizer = letters()
+    tokenizer.add_tokens([f"<more{i}>" for i in range(20)])
+    found = checked(base, tuned, tokenizer=tokenizer)
+    assert found.passed, found.summary()
+    assert verdicts(found)["tokens have embeddings"] == "note"
+
+
+def test_one_tokenizer_for_both_is_said(base, tuned):
+    assert verdicts(checked(base, tuned, tokenizer=letters()))["tokenizers agree"] == "note"
+
+
 def test_special_tokens_that_one_side_adds(base, tuned):
     pair = fl.ModelPair.load(base, tuned, tokenizer=letters())
     other = pair.models()[1]
@@ -290,6 +323,45 @@ def test_half_precision_passes_with_a_note(base):
     found = checked(base, tuned)
     assert found.passed, found.summary()
     assert verdicts(found)["dtypes agree"] == "note"
+
+
+def test_a_patch_two_per_cent_off_in_half_precision(base, monkeypatch):
+    base, tuned = base.to(torch.bfloat16), tuned_copy(base.to(torch.bfloat16))
+    run = HookedModel.run
+
+    def wrong(self, ids, *, edits=(), **options):
+        return run(
+            self, ids, edits=[(n, lambda x, v=v: (v(x) if callable(v) else v) * 1.02) for n, v in edits], **options
+        )
+
+    monkeypatch.setattr(HookedModel, "run", wrong)
+    assert ("self-patch changes nothing", "base") in failed(checked(base, tuned))
+
+
+def test_differences():
+    x = torch.tensor([1.0, 2.0], dtype=torch.float64)
+    assert 0 < gates.difference(x * (1 + 1e-9), x) < 1e-8
+    inf, nan = float("inf"), float("nan")
+    for one, other, expected in (
+        ([1, nan], [1, -inf], inf), ([1, nan], [1, nan], 0), ([1, -inf], [1, -inf], 0), ([1, 2], [1, inf], inf),
+        ([nan], [nan], 0), ([1, -inf], [3, -inf], 2 / 3),
+    ):  # fmt: skip
+        assert gates.difference(torch.tensor(one), torch.tensor(other)) == pytest.approx(expected)
+
+
+def test_offloaded_weights(library):
+    import accelerate
+
+    sides = [library.fresh("llama"), tuned_copy(library.model("llama"))]
+    for model in sides:
+        accelerate.cpu_offload(model, torch.device("cpu"))
+    assert all(p.is_meta for p in sides[1].parameters())
+    found = checked(*sides)
+    assert found.passed, found.summary()
+    assert verdicts(found)["last residual patched = donor"] == "pass"
+    with torch.no_grad():
+        sides[1].model.layers[1].mlp.up_proj._hf_hook.weights_map["weight"][0, 0] = float("nan")
+    assert ("weights are finite", "tuned") in failed(checked(*sides))
 
 
 def test_stored_dtypes_are_compared(library, base, tmp_path):
@@ -337,6 +409,15 @@ def test_saved_and_loaded(base, tuned, tmp_path):
 def test_bad_input(base, tuned):
     with pytest.raises(InputError, match="no tokenizer"):
         check_pair(fl.ModelPair.load(base, tuned), [{"prompt": "abc"}], progress=False)
+    pair = fl.ModelPair.load(base, tuned, tokenizer=letters())
+    found = verdicts(check_pair(pair, [{"prompt": "abc"}], progress=False))
+    assert found["batched = unbatched"] == found["padded on the left = unpadded"] == "skipped"
+    found = verdicts(check_pair(pair, [{"prompt": "ab"}, {"prompt": "bc"}], progress=False))
+    assert found["batched = unbatched"] == "pass"
+    assert found["padded on the right = unpadded"] == "skipped"
+    with pytest.raises(InputError, match="reads at most 8 tokens"):
+        base.config.max_position_embeddings = 8
+        check_pair(pair, [{"prompt": "abcdefghijk"}], progress=False)
     with pytest.raises(InputError, match="two tokens or more"):
         check_pair(fl.ModelPair.load(base, tuned, tokenizer=letters()), [{"prompt": "a"}], progress=False)
 

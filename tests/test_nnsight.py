@@ -66,6 +66,18 @@ def test_edits_by_function_and_together(model):
         near(theirs.cache[name], ours.cache[name])
 
 
+def test_modules_that_are_given_no_batch(library):
+    """OPT's MLP works on (batch · pos, width)."""
+    model = HookedModel(library.model("opt"))
+    for rows in (1, 2):
+        ours, theirs = (
+            run(model, tokens(rows), capture=sites(model)).cache for run in (HookedModel.run, run_with_nnsight)
+        )
+        for name, x in ours.items():
+            assert theirs[name].shape == x.shape
+            near(theirs[name], x)
+
+
 def test_one_head(library):
     model = HookedModel(library.model("llama"))
     name = site_name("z", 1)

@@ -292,6 +292,61 @@ def test_vocabularies_that_grew(library):
     )
 
 
+def test_rows_that_only_one_side_has_do_not_count(library):
+    """The same model with more rows in its vocabulary differs in nothing; answers among them are refused."""
+    base = library.model("llama")
+    tuned = copy.deepcopy(base)
+    tuned.resize_token_embeddings(44, mean_resizing=False)
+    table = compare(base, tuned).table()
+    assert (table["difference"].abs() < 1e-9).all(), table
+    tokenizer = letters()
+    tokenizer.add_tokens([f"<more{i}>" for i in range(20)])
+    for fields in ({"answer": "<more15>"}, {"answer": "a", "wrong": "<more15>"}):
+        with pytest.raises(InputError, match="prompt 1: an answer or a wrong answer is a token beyond the 40"):
+            compare(base, tuned, [{"prompt": "abc=", **fields}], tokenizer=tokenizer)
+
+
+def test_logits_that_are_nan_count_nowhere(library):
+    base = library.model("llama")
+    tuned = tuned_copy(base)
+
+    def broken(module, args, out):  # of texts of seven tokens and more
+        return torch.full_like(out, torch.nan) if args[0].shape[1] > 6 else out
+
+    tuned.model.layers[1].mlp.register_forward_hook(broken)
+    found = compare(base, tuned, batch_size=1)
+    alone = compare(base, tuned, prompts([t for t in TEXTS if len(t) < 7]), batch_size=1)
+    columns = ["base", "tuned", "difference", "low", "high"]
+    kl, expected = (r.table().set_index("measure").loc["KL(base ‖ tuned)", columns] for r in (found, alone))
+    np.testing.assert_allclose(kl.to_numpy(float), expected.to_numpy(float), atol=1e-5)
+    assert np.isnan(found.data["accuracy"].sel(side="tuned", example="3"))
+    assert "8 positions have logits that are NaN" in found.summary()
+
+
+def test_infinite_losses_are_shown(library):
+    base = library.model("llama")
+    tuned = copy.deepcopy(base)
+    never = letters().convert_tokens_to_ids("c")
+    tuned.lm_head.register_forward_hook(lambda m, a, out: out.index_fill(-1, torch.tensor([never]), -torch.inf))
+    row = compare(base, tuned).table().set_index("measure").loc["loss on the text"]
+    assert row["tuned"] == row["difference"] == np.inf
+    assert "inf" in compare(base, tuned).summary()
+
+
+def test_embeddings_that_are_projected(library):
+    import transformers
+
+    config = transformers.OPTConfig(
+        hidden_size=32, num_hidden_layers=2, num_attention_heads=4, ffn_dim=48, vocab_size=40, word_embed_proj_dim=16,
+        max_position_embeddings=24, bos_token_id=1, eos_token_id=2, do_layer_norm_before=False,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    base = transformers.AutoModelForCausalLM.from_config(config).eval()
+    found = compare(base, tuned_copy(base), ["abc="])
+    _, p, _ = plain(base, "abc=")
+    np.testing.assert_allclose(found.data["entropy"].sel(side="base").values[0], entropy(np.exp(p), axis=-1), atol=1e-4)
+
+
 def test_models_of_other_depth(library):
     import transformers
 

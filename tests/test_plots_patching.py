@@ -110,6 +110,12 @@ def test_missing_cells_stay_empty():
     assert np.ma.getmaskarray(mesh(ax).get_array()).reshape(3, 5)[1, 2]
 
 
+def test_an_infinite_cell_does_not_set_the_colours():
+    result = patching()
+    result.data["logit_diff"][0, 1, 2] = np.inf
+    assert np.isfinite(mesh(plots.patching_heatmap(result, quantity="effect")).norm.vmax)
+
+
 @pytest.mark.parametrize("dims", [("layer", "head"), ("head", "position")])
 def test_other_grids(dims):
     ax = plots.patching_heatmap(patching(dims))

@@ -7,6 +7,8 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from finetune_lens.hooked.model import HookedModel
+from finetune_lens.hooked.reentry import Change, record, resume
+from finetune_lens.hooked.reentry import Rows as ReentryRows
 from finetune_lens.hooked.sites import KINDS, site_name
 from finetune_lens.hooked.sweep import Place, Side, sweep
 from finetune_lens.prompts import Encoded
@@ -36,10 +38,11 @@ def padded(rows: Rows, side: str) -> tuple[Tensor, Tensor]:
 
 
 def difference(found: Tensor, expected: Tensor) -> float:
-    """The largest |difference|, relative to the largest |value| or 1; inf where one is finite and the other is not."""
-    found, expected = found.float(), expected.to(found.device).float()
-    finite = torch.isfinite(expected)
-    if not torch.equal(torch.isfinite(found), finite):
+    """The largest |difference|, relative to the largest |value| or 1; inf where their NaN and infinities differ."""
+    kind = torch.promote_types(torch.promote_types(found.dtype, expected.dtype), torch.float32)
+    found, expected = found.to(expected.device, kind), expected.to(kind)
+    finite = torch.isfinite(expected) & torch.isfinite(found)
+    if not torch.allclose(found[~finite], expected[~finite], equal_nan=True):
         return float("inf")
     if not finite.any():
         return 0.0
@@ -51,7 +54,7 @@ def alone(model: HookedModel, rows: Rows) -> list[Float[Tensor, "pos vocab"]]:
     found = []
     with torch.no_grad(), model.side():
         for row in rows:
-            found.append(model.module(input_ids=torch.tensor([row], device=model.device), use_cache=False).logits[0])
+            found.append(model.module(**model.inputs(torch.tensor([row]), None)).logits[0])
     return found
 
 
@@ -104,18 +107,36 @@ def padding(model: HookedModel, rows: Rows, plain: Sequence[Tensor], side: str) 
 
 
 def reentered(model: HookedModel, rows: Rows) -> tuple[float, list[str]]:
-    """Of passes that begin at each layer, patched with what was there, from whole ones; and why they were not used."""
+    """Of passes that begin at each layer, from whole ones; and why the architecture is not re-entered, if it is not.
+
+    At each layer: with what was there, and with the residual stream of the next text in its place.
+    """
     ids, mask = padded(rows, "left")
     count, width = ids.shape
+    read_at, at = torch.full((count, 1), width - 1), torch.full((count,), width - 2)
     none = torch.full((count, 1, 1), -1)
-    prompts = Encoded(
-        ids, mask, torch.full((count, 1), width - 1), none, none[:, 0], mask, mask, [[str(i) for i in r] for r in rows]
-    )
-    patches = [(Place("resid_pre", layer, column=width - 2),) for layer in range(model.layers)]
+    prompts = Encoded(ids, mask, read_at, none, none[:, 0], mask, mask, [[str(i) for i in r] for r in rows])
     side = Side(model, prompts)
-    swept = sweep(side, side, patches, progress=False)
-    scale = max(float(logits.abs().max()) for logits in alone(model, rows))
-    return swept.deviation / max(1.0, scale), swept.notes
+    notes = sweep(side, side, [(Place("resid_pre", 0, column=width - 2),)], progress=False).notes
+    if notes:
+        return 0.0, notes
+    recording, every, worst = record(model, ids, mask, read_at), torch.arange(count), 0.0
+    for layer in range(model.layers):
+        entry = torch.full((count,), layer)
+        same = resume(model, recording, ReentryRows(width - 2, every, entry, torch.zeros(count, dtype=torch.bool)))
+        worst = max(worst, difference(same, recording.logits))
+        others = recording.residual[layer].roll(1, 0)[:, width - 2]
+        change = {("resid_pre", layer): Change(every, at, None, others)}
+        patched = ReentryRows(width - 2, every, entry, torch.zeros(count, dtype=torch.bool), change)
+
+        def replaced(x: Tensor, others: Tensor = others) -> Tensor:
+            x = x.clone()
+            x[:, width - 2] = others.to(x)
+            return x
+
+        whole = model.run(ids, mask=mask, edits=[(site_name("resid_pre", layer), replaced)], logits_at=read_at).logits
+        worst = max(worst, difference(resume(model, recording, patched), whole))
+    return worst, []
 
 
 def last_layer(recipient: HookedModel, donor: HookedModel, rows: Rows, donors: Sequence[Tensor]) -> float:
@@ -150,9 +171,11 @@ def _after_blocks(model: HookedModel) -> dict[str, list[Tensor] | None]:
             if not running:
                 return
             if not hasattr(module, "base_layer"):
-                found[name] = list(module.parameters(recurse=False))
+                found[name] = [_value(module, n, p) for n, p in module.named_parameters(recurse=False)]
+            elif module.disable_adapters:
+                found[name] = [_value(module.base_layer, n, p) for n, p in module.base_layer.named_parameters()]
             else:
-                found[name] = list(module.base_layer.parameters()) if module.disable_adapters else None
+                found[name] = None
 
         return hook
 
@@ -178,6 +201,15 @@ def _parts(root: nn.Module) -> dict[str, nn.Module]:
     return found
 
 
+def _value(module: nn.Module, name: str, parameter: Tensor) -> Tensor:
+    """A parameter's numbers, from where accelerate keeps them if the module does not hold them itself."""
+    if not parameter.is_meta:
+        return parameter
+    hook = getattr(module, "_hf_hook", None)
+    kept = next((h.weights_map for h in [hook, *getattr(hook, "hooks", ())] if getattr(h, "weights_map", None)), {})
+    return kept[name]
+
+
 def _equal(one: list[Tensor] | None, other: list[Tensor] | None) -> bool:
     if one is None or other is None or len(one) != len(other):
         return False
@@ -186,11 +218,15 @@ def _equal(one: list[Tensor] | None, other: list[Tensor] | None) -> bool:
 
 def nonfinite(model: HookedModel) -> dict[str, int]:
     """Parameters with NaN or Inf entries, and how many; those of an adapter only where it is on."""
-    return {
-        name: count
-        for name, p in model.module.named_parameters()
-        if (model.adapted or ".lora_" not in name) and (count := int((~torch.isfinite(p)).sum()))
-    }
+    found = {}
+    for path, module in model.module.named_modules():
+        for name, parameter in module.named_parameters(recurse=False):
+            whole = f"{path}.{name}"
+            if not model.adapted and ".lora_" in whole:
+                continue
+            if count := int((~torch.isfinite(_value(module, name, parameter))).sum()):
+                found[whole] = count
+    return found
 
 
 def _sites(model: HookedModel) -> list[str]:

@@ -73,9 +73,9 @@ def run_with_nnsight(
             whole = envoy.input if end == "input" else envoy.output
             tensor = whole[0] if isinstance(whole, tuple | list) else whole
             flat = tensor if rows is None else tensor[..., rows]
-            x = flat.unflatten(-1, (-1, model.anatomy.blocks[layer].d_head)) if kind in ("q", "k", "v", "z") else flat
-            shaped = x.ndim > 2 or len(ids) == 1
-            x = x if shaped else x.unflatten(0, tuple(ids.shape))  # some modules are given (batch · pos, d_model)
+            x = flat.unflatten(0, tuple(ids.shape)) if flat.ndim == 2 else flat  # some are given (batch · pos, d_model)
+            if kind in ("q", "k", "v", "z"):
+                x = x.unflatten(-1, (-1, model.anatomy.blocks[layer].d_head))
             for change in changes.get(name, ()):
                 x = change(x) if callable(change) else change.to(x.device, x.dtype).expand_as(x)
             if name in capture:

@@ -113,7 +113,8 @@ def resume(model: HookedModel, recording: Recording, rows: Rows) -> Float[Tensor
 @torch.no_grad()
 def read_out(model: HookedModel, residual: Float[Tensor, "n d_model"]) -> Float[Tensor, "n vocab"]:
     """What the model makes of residual streams behind its last block: final norm, unembedding, scales and caps."""
-    inputs = torch.zeros((), device=model.device, dtype=model.dtype).expand(len(residual), 1, residual.shape[-1])
+    width = model.module.get_input_embeddings().weight.shape[1]  # not the residual's where embeddings are projected
+    inputs = torch.zeros((), device=model.device, dtype=model.dtype).expand(len(residual), 1, width)
     last = model.layers - 1
 
     def passing(layer: int) -> Callable:

@@ -69,7 +69,7 @@ def compare(base: Reading, tuned: Reading, *, lens: bool) -> dict[str, np.ndarra
     ]
     targets = _next_tokens(base)
     found = _positions(sides, [d[-1] for d in depths], targets, vocabulary)
-    found |= _answers(sides, runs)
+    found |= _answers(sides, runs, vocabulary)
     if lens:
         found |= _lens(sides, depths, targets, found["top"], vocabulary)
     return found
@@ -152,19 +152,20 @@ def _positions(
             probabilities = p if s == 0 else q
             top = logs.max(-1)
             values["entropy"][s, block] = (
-                -torch.where(logs > -torch.inf, probabilities * logs, 0).sum(-1).double().cpu()
+                -torch.where(logs == -torch.inf, 0, probabilities * logs).sum(-1).double().cpu()
             )
             picked = -logs.gather(-1, wanted.clamp(0, vocabulary - 1)[:, None])[:, 0]
             values["loss"][s, block] = (
                 torch.where((wanted >= 0) & (wanted < vocabulary), picked, torch.nan).double().cpu()
             )
-            values["top"][s, block] = top.indices.double().cpu()
+            values["top"][s, block] = torch.where(top.values.isnan(), torch.nan, top.indices.double()).cpu()
             values["top_prob"][s, block] = top.values.exp().double().cpu()
         rows = at[0][0][block]
         weight = (1 / lengths[rows]).to(device, p.dtype)[:, None]
         shift.index_add_(0, rows.to(device), ((q - p) * weight).to(shift.dtype))
         base_prob += (p * weight).sum(0).to(base_prob.dtype)
-    values["flip"] = (values["top"][0] != values["top"][1]).double()
+    base_top, tuned_top = values["top"]
+    values["flip"] = torch.where((base_top + tuned_top).isnan(), torch.nan, (base_top != tuned_top).double())
     ends = np.cumsum(lengths.numpy())[:-1]
 
     def by_text(flat: Tensor) -> np.ndarray:
@@ -181,10 +182,11 @@ def _positions(
     }
 
 
-def _answers(sides: tuple[Reading, Reading], runs: list[Run]) -> dict[str, np.ndarray]:
-    """METRICS but KL, (side, example)."""
+def _answers(sides: tuple[Reading, Reading], runs: list[Run], vocabulary: int) -> dict[str, np.ndarray]:
+    """METRICS but KL, (side, example), over the tokens that both models have."""
     found = [
-        score(run.logits, side.prompts.answers, side.prompts.wrongs) for side, run in zip(sides, runs, strict=True)
+        score(run.logits[..., :vocabulary], side.prompts.answers, side.prompts.wrongs)
+        for side, run in zip(sides, runs, strict=True)
     ]
     return {m: np.stack([f[m].double().cpu().numpy() for f in found]) for m in METRICS if m != "kl" and m in found[0]}
 
@@ -221,14 +223,14 @@ def _lens(
         found["lens_agreement"][:, depth] = (totals[2:4] / positions).numpy()
         found["lens_kl"][depth] = (totals[4] / positions).numpy()
         for s, side in enumerate(sides):
-            found["lens_answer"][s, depth] = _answer_at(side, depths[s][depth])
+            found["lens_answer"][s, depth] = _answer_at(side, depths[s][depth], vocabulary)
     return found
 
 
-def _answer_at(side: Reading, residual: Tensor) -> np.ndarray:
+def _answer_at(side: Reading, residual: Tensor, vocabulary: int) -> np.ndarray:
     """The log-probability of the answer, read out from the residual stream at the columns where it is predicted."""
     read_at = side.prompts.read_at
     rows = torch.arange(len(residual))[:, None].expand_as(read_at)
     picked = residual[rows.to(residual.device), read_at.to(residual.device)]
-    logits = read_out(side.model, picked.flatten(0, 1)).unflatten(0, read_at.shape)
+    logits = read_out(side.model, picked.flatten(0, 1)).unflatten(0, read_at.shape)[..., :vocabulary]
     return score(logits, side.prompts.answers, side.prompts.wrongs, only="logprob")["logprob"].double().cpu().numpy()

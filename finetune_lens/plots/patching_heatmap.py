@@ -52,7 +52,7 @@ def patching_heatmap(
         ax.add_patch(
             Rectangle((0, 0), 1, 1, transform=ax.transAxes, fc="0.95", ec="0.8", hatch="//////", lw=0, zorder=0)
         )
-        most = np.nanmax(np.abs(values), initial=0) or 1.0
+        most = np.max(np.abs(values[np.isfinite(values)]), initial=0) or 1.0
         mesh = ax.pcolormesh(
             np.arange(columns + 1) - 0.5, np.arange(rows + 1) - 0.5, np.ma.masked_invalid(values),
             norm=Normalize(-most, most), cmap=DIVERGING, edgecolors="white", linewidth=0.2 if columns <= 60 else 0,

@@ -208,8 +208,9 @@ class Patching(Result):
 
 def _mean(values: np.ndarray) -> Any:
     """Over the last axis, NaN left out; NaN where there is nothing."""
-    count = np.isfinite(values).sum(-1)
-    total = np.where(np.isfinite(values), values, 0).sum(-1)
+    count = (~np.isnan(values)).sum(-1)
+    with np.errstate(invalid="ignore"):  # infinities of both signs
+        total = np.where(np.isnan(values), 0, values).sum(-1)
     return np.where(count > 0, total / np.maximum(count, 1), np.nan)[()]
 
 
