@@ -13,13 +13,13 @@ import copy
 import functools
 import os
 import platform
-import resource
 import statistics
 import subprocess
 import sys
 import time
 import warnings
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -151,20 +151,27 @@ def peak(options: argparse.Namespace, who: str, name: str) -> float:
 
 def measure_peak(options: argparse.Namespace) -> None:
     module, given = model(options.device), inputs(options.prompts, options.tokens)
-    run = {"ours": ours, "theirs": theirs}[options.peak](module, given)
     sites = sweeps(options.tokens)[options.sweep]
     some = sites if options.peak == "ours" else sites[:: max(1, len(sites) // 8)]  # a forward a site: all need the same
+    make = {"ours": ours, "theirs": theirs}[options.peak]
     if options.device != "cpu":
         torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_allocated()
-        run(some)
+        make(module, given)(some)
         print((torch.cuda.max_memory_allocated() - before) / 2**20)
         return
     with torch.no_grad():
         module(given["clean"][:1, :2])
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    run(some)
-    print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 2**10)
+    Path("/proc/self/clear_refs").write_text("5")  # the peak begins anew
+    before = resident("VmRSS")
+    make(module, given)(some)
+    print((resident("VmHWM") - before) / 2**10)
+
+
+def resident(which: str) -> int:
+    """KiB, now (VmRSS) or at most (VmHWM)."""
+    (line,) = [x for x in Path("/proc/self/status").read_text().splitlines() if x.startswith(f"{which}:")]
+    return int(line.split()[1])
 
 
 def attribution(module: torch.nn.Module, given: dict[str, torch.Tensor]) -> Callable[[], Any]:

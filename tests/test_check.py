@@ -165,13 +165,12 @@ def test_patches_by_re_entry_that_are_not_those_of_a_whole_pass(base, tuned, mon
             with_hook(model, "lm_head", lambda m, args, out: out.index_fill(-1, torch.tensor([5]), -torch.inf))
         assert checked(base, tuned).passed
     changed = _Pass._changed
-    monkeypatch.setattr(
-        _Pass, "_changed", lambda self, kind, layer, x, offset=0: wrong(x, changed(self, kind, layer, x, offset))
-    )
 
-    def wrong(before, after):
-        return after if after is before else before + 1.1 * (after - before)
+    def wrong(self, kind, layer, x, offset=0):
+        after = changed(self, kind, layer, x, offset)
+        return after if after is x else x + 1.1 * (after - x)
 
+    monkeypatch.setattr(_Pass, "_changed", wrong)
     found = failed(checked(base, tuned))
     assert {("re-entry = whole pass", "base"), ("re-entry = whole pass", "tuned")} <= found
 
@@ -415,8 +414,8 @@ def test_bad_input(base, tuned):
     found = verdicts(check_pair(pair, [{"prompt": "ab"}, {"prompt": "bc"}], progress=False))
     assert found["batched = unbatched"] == "pass"
     assert found["padded on the right = unpadded"] == "skipped"
+    base.config.max_position_embeddings = 8
     with pytest.raises(InputError, match="reads at most 8 tokens"):
-        base.config.max_position_embeddings = 8
         check_pair(pair, [{"prompt": "abcdefghijk"}], progress=False)
     with pytest.raises(InputError, match="two tokens or more"):
         check_pair(fl.ModelPair.load(base, tuned, tokenizer=letters()), [{"prompt": "a"}], progress=False)

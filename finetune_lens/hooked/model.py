@@ -230,14 +230,17 @@ class HookedModel:
                     part.training = True
 
     @contextmanager
-    def logits_at(self, columns: Int[Tensor, "batch answer"]) -> Iterator[None]:
-        """Within: the unembedding sees these columns only."""
+    def logits_at(
+        self, columns: Int[Tensor, "batch answer"], order: Int[Tensor, " batch"] | None = None
+    ) -> Iterator[None]:
+        """Within: the unembedding sees these columns only, of the rows in this order."""
         unembed = self.module.get_output_embeddings()
 
         def gather(module: nn.Module, args: tuple) -> tuple:
             (hidden,) = args
             at = columns.to(hidden.device)[:, :, None].expand(-1, -1, hidden.shape[-1])
-            return (hidden.gather(1, at),)
+            hidden = hidden.gather(1, at)
+            return (hidden if order is None else hidden[order.to(hidden.device)],)
 
         hook = unembed.register_forward_pre_hook(gather)
         try:

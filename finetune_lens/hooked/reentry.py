@@ -171,8 +171,8 @@ class _Pass:
                     stack.enter_context(self.model.hook(kind, layer, self._touch_z(layer), changed=True))
             if any(kind == "pattern" for kind, _ in self.changes):
                 stack.enter_context(patterns_visible(self.model.module))
-            stack.enter_context(self.model.logits_at(self.read_at))
-            return self.model.module(**self._inputs()).logits[self.back]
+            stack.enter_context(self.model.logits_at(self.read_at, self.back))
+            return self.model.module(**self._inputs()).logits
 
     def _inputs(self) -> dict[str, Any]:
         """Arguments of the module's forward, for all rows at once: masks and positions are made from them."""
@@ -307,8 +307,7 @@ class _Prefix:
             return keys, values
         recorded = self._pass.recording.keys_values[layer]
         example = self._pass.example[: len(keys)].to(keys.device)
-        before = (old[example, :, :start] for old in recorded)
-        return tuple(torch.cat([old, new], 2) for old, new in zip(before, (keys, values), strict=True))
+        return tuple(_behind(old, example, start, new) for old, new in zip(recorded, (keys, values), strict=True))
 
     def get_seq_length(self, layer: int = 0) -> int:
         return self._pass.start
@@ -317,6 +316,15 @@ class _Prefix:
 
     def get_mask_sizes(self, query_length: int, layer: int = 0) -> tuple[int, int]:
         return self._pass.start + query_length, 0
+
+
+def _behind(recorded: Tensor, example: Tensor, start: int, new: Tensor) -> Tensor:
+    """The recorded keys (or values) of each row's example up to `start`, then the row's own."""
+    if 2 * start < recorded.shape[2]:
+        return torch.cat([recorded[example, :, :start], new], 2)
+    whole = recorded.index_select(0, example)  # one copy instead of two
+    whole[:, :, start:] = new
+    return whole
 
 
 @contextmanager

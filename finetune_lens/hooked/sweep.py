@@ -275,8 +275,8 @@ class _Batch:
             self.recording: Recording = record(self.model, ids, mask, read_at, edits=self.own_edits)
         return self.recording.logits
 
-    def _scored(self, logits: Tensor, rows: Any, reference: Tensor) -> dict[str, Tensor]:
-        return score(logits, self.prompts.answers[rows], self.prompts.wrongs[rows], reference)
+    def _scored(self, logits: Tensor, rows: Any, reference: Tensor, beside: Tensor | None = None) -> dict[str, Tensor]:
+        return score(logits, self.prompts.answers[rows], self.prompts.wrongs[rows], reference, beside=beside)
 
     @staticmethod
     def _numbers(found: dict[str, Tensor]) -> dict[str, np.ndarray]:
@@ -327,8 +327,7 @@ class _Batch:
         patched, unpatched = logits[: len(chunk)], logits[len(chunk) :]
         self._compare(unpatched, self.recording.logits[here])
         beside = torch.tensor([here.index(e) for _, e in chunk])
-        reference = unpatched[beside]
-        scored = self._scored(patched, example[: len(chunk)], reference)
+        scored = self._scored(patched, example[: len(chunk)], unpatched, beside)
         plain = self._scored(unpatched, here, unpatched)
         return {
             name: (values - plain[name][beside.to(values.device)]).double().cpu().numpy()
