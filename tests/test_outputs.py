@@ -310,13 +310,16 @@ def test_logits_that_are_nan_count_nowhere(library):
     base = library.model("llama")
     tuned = tuned_copy(base)
 
-    def broken(module, args, out):  # of texts of seven tokens and more
-        return torch.full_like(out, torch.nan) if args[0].shape[1] > 6 else out
+    poison, seen = letters().convert_tokens_to_ids("o"), {}
+    tuned.model.embed_tokens.register_forward_pre_hook(lambda m, args: seen.update(ids=args[0]))
+
+    def broken(module, args, out):
+        return out.masked_fill((seen["ids"] == poison).any(1)[:, None, None], torch.nan)
 
     tuned.model.layers[1].mlp.register_forward_hook(broken)
-    found = compare(base, tuned, batch_size=1)
-    alone = compare(base, tuned, prompts([t for t in TEXTS if len(t) < 7]), batch_size=1)
-    columns = ["base", "tuned", "difference", "low", "high"]
+    found = compare(base, tuned)
+    alone = compare(base, tuned, prompts([t for t in TEXTS if "o" not in t]), batch_size=1)
+    columns = ["base", "tuned", "difference"]
     kl, expected = (r.table().set_index("measure").loc["KL(base ‖ tuned)", columns] for r in (found, alone))
     np.testing.assert_allclose(kl.to_numpy(float), expected.to_numpy(float), atol=1e-5)
     assert np.isnan(found.data["accuracy"].sel(side="tuned", example="3"))

@@ -200,7 +200,7 @@ def _lens(
     texts, device = len(targets), sides[0].model.device
     target = torch.from_numpy(np.concatenate(targets))
     rows = at[0][0]
-    final = [torch.from_numpy(t[~np.isnan(t)]) for t in top]
+    final = [torch.from_numpy(np.concatenate([row[: len(t)] for row, t in zip(s, targets, strict=True)])) for s in top]
     has_next = (target >= 0) & (target < vocabulary)
     positions, with_next = (torch.bincount(r, minlength=texts).double() for r in (rows, rows[has_next]))
     found = {n: np.full((2, len(depths[0]), texts), np.nan) for n in ("lens_loss", "lens_agreement", "lens_answer")}
@@ -216,8 +216,8 @@ def _lens(
             for s, logs in enumerate(both):
                 loss = -logs.gather(-1, wanted[:, None])[:, 0].double().cpu()
                 totals[s].index_add_(0, rows[block], torch.where(has_next[block], loss, 0.0))
-                agreed = logs.argmax(-1).cpu() == final[s][block]
-                totals[2 + s].index_add_(0, rows[block], agreed.double())
+                agreed = (logs.argmax(-1).cpu() == final[s][block]).double()
+                totals[2 + s].index_add_(0, rows[block], agreed.where(~final[s][block].isnan(), torch.nan))
             totals[4].index_add_(0, rows[block], kl(*both).double().cpu())
         found["lens_loss"][:, depth] = (totals[:2] / with_next).numpy()  # 0 / 0: a text of one token
         found["lens_agreement"][:, depth] = (totals[2:4] / positions).numpy()
