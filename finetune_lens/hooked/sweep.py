@@ -25,6 +25,7 @@ from finetune_lens.metrics import score
 from finetune_lens.prompts import Encoded
 
 UNIT = 2048  # rows that are computed, kept and counted as one
+LOGITS = 1 << 25  # numbers of a batch's logits beyond which nothing is gained either
 TOKENS = {"cpu": 4096, "cuda": 65536, "mps": 16384}  # columns a batch beyond which nothing is gained
 # How far an unpatched row may be from the full run, relative to the largest logit, before re-entry is given up.
 TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-3, torch.float16: 5e-2, torch.bfloat16: 2e-1}
@@ -297,6 +298,7 @@ class _Batch:
         begin = 0
         while begin < len(pairs):
             count = max(1, self.sweep.budget // (self.prompts.ids.shape[1] - start))
+            count = min(count, max(8, LOGITS // (self.model.vocabulary * self.prompts.read_at.shape[1])))
             chunk = pairs[begin : begin + count]
             try:
                 found = self._rows(unit, chunk, start)
@@ -304,7 +306,7 @@ class _Batch:
                 if count == 1:
                     raise
                 torch.cuda.empty_cache()
-                self.sweep.budget //= 2
+                self.sweep.budget = count * (self.prompts.ids.shape[1] - start) // 2
                 continue
             at, example = np.array(chunk).T
             for name, values in found.items():
