@@ -167,6 +167,13 @@ def test_cross_patches():
         np.testing.assert_allclose([band.get_x(), band.get_x() + band.get_width()], [low, high])
 
 
+def test_effects_that_hurt_count_as_much():
+    result = patching(("layer", "head"), ("tuned→base",), kind=CrossPatching)
+    result.data["logit_diff"] = -result.data["logit_diff"]
+    (ax,) = plots.cmap_bars(result, n=2)
+    assert [t.get_text() for t in ax.get_yticklabels()] == ["2.3", "2.2"]
+
+
 def test_cross_patches_without_control():
     result = patching(("layer",), ("tuned→base",), kind=CrossPatching)
     result.data = result.data.drop_vars("random_logit_diff")
