@@ -28,7 +28,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import numpy as np
 
-from finetune_lens.errors import InputError
+from finetune_lens.errors import GateFailed, InputError
 from finetune_lens.results.provenance import recorded
 
 if TYPE_CHECKING:
@@ -40,6 +40,7 @@ if TYPE_CHECKING:
     from finetune_lens.results.cmap import CrossPatching
 
 DIRECTIONS = ("tuned→base", "base→tuned")
+SELF = 1e-2  # how far a metric of a run patched with itself may be from its own, in float32
 ASCII = {"tuned->base": DIRECTIONS[0], "base->tuned": DIRECTIONS[1]}
 
 
@@ -133,6 +134,14 @@ def cross_patch(
         require_safe(pair, device=device, dtype=dtype)
     data = effects(wanted, grid, where, items, arguments={"analysis": "cmap"}, **common)
     data["self_donor"] = ("direction", [_self_donor(d, grid, options) for d in wanted])
+    worst = float(data["self_donor"].max())
+    half = base.dtype.itemsize < 4
+    if check and not worst <= SELF * (50 if half else 1):
+        raise GateFailed(
+            f"a run patched with itself changes by {worst:.2g}, and nothing may change: effects at {site} cannot be "
+            "trusted on this pair; to see them all the same pass check=False (--unsafe)"
+        )
+    data.attrs["window"] = window
     if controls:
         data = data.assign(_random(wanted, grid, where, items, order, seed, common))
     return CrossPatching(data)
@@ -155,14 +164,14 @@ def _require_same_tokens(mine: "Aligned", theirs: "Aligned", prompts: Sequence[A
 
 
 def _self_donor(direction: "Direction", grid: "Grid", options: "Options") -> float:
-    """The largest |logit change| over prompts when the recipient is patched with its own activations, all at once."""
+    """The largest change of a metric over prompts when the recipient is patched with all its own activations."""
     from finetune_lens.hooked.sweep import sweep
 
     everything = tuple(dict.fromkeys(place for patch in grid.patches for place in patch))
     side = direction.recipient
     swept = sweep(side, side, [everything], full=True, batch_size=options.batch_size, progress=False)
-    changes = [np.nanmax(np.abs(v), initial=0.0) for v in swept.effects.values()]
-    return float(max(changes))
+    smooth = [v for name, v in swept.effects.items() if name not in ("reciprocal_rank", "accuracy")]  # a tie may turn
+    return float(max(np.nanmax(np.abs(v), initial=0.0) for v in smooth))
 
 
 def _random(

@@ -278,7 +278,9 @@ def _labelled(
         "notes": notes, "prompts": describe_prompts(items),
         "models": {"base": one.model.describe(), "tuned": other.model.describe()},
     }  # fmt: skip
-    return xr.Dataset(data, coords=coords).assign_attrs(template=template, provenance=json.dumps(record))
+    return xr.Dataset(data, coords=coords).assign_attrs(
+        template=template, vocabulary=min(one.model.vocabulary, other.model.vocabulary), provenance=json.dumps(record)
+    )
 
 
 def _printed(side: "Reading", width: int) -> np.ndarray:

@@ -120,7 +120,7 @@ def patch(
         [Direction(name, *sides[name]) for name in wanted], grid, where, items, site="sets" if sets else site,
         options=options, arguments={"analysis": "patching"},
     )  # fmt: skip
-    return Patching(data)
+    return Patching(data.assign_attrs(window=window))
 
 
 @recorded
@@ -184,7 +184,7 @@ def trace(
         site=site, options=options,
         arguments={"analysis": "patching", "noise": noise, "copies": copies, "seed": seed, "subject": subject},
     )  # fmt: skip
-    return Patching(data)
+    return Patching(data.assign_attrs(window=window))
 
 
 def _subjects(prompts: Sequence[Any], encoded: Any, field: str, tokenizer: Any) -> np.ndarray:
@@ -243,6 +243,9 @@ def main() -> None:
         model: Annotated[str, typer.Argument(metavar="MODEL", help="Model: file, folder, or cached hub id.")],
         prompts: Annotated[Path, typer.Argument(metavar="PROMPTS", help="JSONL: prompt, corrupt, answer, wrong.")],
         *,
+        base: Annotated[
+            str | None, typer.Option(help="Of a PEFT adapter: the model it was trained on.", show_default=False)
+        ] = None,
         site: Annotated[
             str, typer.Option(help="resid_pre, resid_mid, resid_post, attn_out, mlp_out, z, q, k, v, pattern, result.")
         ] = "resid_pre",
@@ -265,10 +268,13 @@ def main() -> None:
         ):
             raise InputError("--noise goes with neither --sets, --whole-answer, --template nor --method")
         items = read_prompts(prompts, limit=common.limit)
-        loaded = as_model(
-            model, device=common.device, dtype=common.dtype, config=common.config, tokenizer=common.tokenizer,
-            online=common.online,
-        )  # fmt: skip
+        if base is not None:
+            _, loaded = common.pair(base, model).models(device=common.device, dtype=common.dtype)
+        else:
+            loaded = as_model(
+                model, device=common.device, dtype=common.dtype, config=common.config, tokenizer=common.tokenizer,
+                online=common.online,
+            )  # fmt: skip
         folder.check()
         arguments = {"site": site} | common.grid() | common.execution() | {"partial": folder.partial}
         if noise is not None:

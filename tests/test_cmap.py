@@ -3,6 +3,7 @@
 import copy
 import json
 import string
+import warnings
 from typing import Any
 
 import numpy as np
@@ -12,7 +13,7 @@ from test_patching import letters
 
 import finetune_lens as fl
 from finetune_lens.cmap import DIRECTIONS, cross_patch, others_of_the_same_length
-from finetune_lens.errors import InputError
+from finetune_lens.errors import GateFailed, InputError
 from finetune_lens.hooked import HookedModel
 from finetune_lens.pair import ModelPair
 from finetune_lens.results.cmap import CrossPatching
@@ -174,7 +175,7 @@ def test_random_donors(library, family):
     np.testing.assert_allclose(frame.random_effect, cells, atol=1e-9)
     np.testing.assert_allclose(frame.specific, frame.effect - frame.random_effect, atol=1e-9)
     assert ((frame.specific_low <= frame.specific) & (frame.specific <= frame.specific_high)).all()
-    assert f"random donor: median effect {median:+.3g}" in found.summary()
+    assert f"random donors, all cells: median effect {median:+.3g}" in found.summary()
     assert found.headline()["tuned→base"]["random_donor"] == pytest.approx([low, high])
 
 
@@ -299,3 +300,44 @@ def shifted(tokenizer: Any) -> Any:
     vocabulary = facts["model"]["vocab"]
     vocabulary["a"], vocabulary["b"] = vocabulary["b"], vocabulary["a"]
     return PreTrainedTokenizerFast(tokenizer_object=Tokenizer.from_str(json.dumps(facts)), pad_token="<pad>")
+
+
+@pytest.mark.parametrize("site", ["z", "result", "attn_out"])
+def test_an_adapter_on_shared_weights_is_the_merged_model(library, tmp_path, site):
+    """Whole outputs of heads pass through the donor's own output projection, its adapter on or off."""
+    from peft import PeftModel
+    from test_check import adapter_folder
+
+    folder = adapter_folder(library.fresh("llama"), tmp_path, target_modules=["q_proj", "v_proj", "o_proj"])
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # what PEFT uses of transformers is deprecated
+        merged = PeftModel.from_pretrained(library.fresh("llama"), folder).merge_and_unload()
+    prompts = told_apart(library.model("llama"), merged)
+    for method in ("exact", "full", "attribution"):
+        found = cross(library.saved("llama"), folder, prompts, site=site, method=method)
+        expected = cross(library.model("llama"), merged, prompts, site=site, method=method)
+        for name in ("logit_diff", "random_logit_diff"):
+            np.testing.assert_allclose(found.data[name].values, expected.data[name].values, atol=1e-4)
+        assert float(found.data["self_donor"].max()) < 1e-5
+
+
+def test_a_run_that_changes_when_patched_with_itself_is_refused(library, monkeypatch):
+    base = library.model("llama")
+    tuned = edited(base, "llama", "v", 0, 1)
+    prompts = told_apart(base, tuned)
+    monkeypatch.setattr("finetune_lens.cmap._self_donor", lambda *arguments: 0.5)
+    with pytest.raises(GateFailed, match=r"patched with itself changes by 0.5.*check=False"):
+        cross(base, tuned, prompts)
+    assert float(cross(base, tuned, prompts, check=False).data["self_donor"].max()) == 0.5
+
+
+def test_what_is_specific_to_the_prompt_stands_beside_the_effect(library):
+    base = library.model("llama")
+    tuned = edited(base, "llama", "v", 0, 1)
+    found = cross(base, tuned, told_apart(base, tuned))
+    frame = found.to_frame()
+    for direction in DIRECTIONS:
+        (first, *_) = found.headline()[direction]["top"]
+        row = frame[(frame["direction"] == direction) & (frame["effect"] == first["effect"])].iloc[0]
+        assert first["specific"] == row["specific"]
+        assert f"beyond another prompt's donor ({row['random_effect']:+.3g}): {row['specific']:+.3g}" in found.summary()

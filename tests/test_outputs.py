@@ -220,6 +220,28 @@ def test_means_are_over_texts(library):
     assert loss["difference"] == pytest.approx(loss["tuned"] - loss["base"])
 
 
+def test_the_place_of_the_answer(library):
+    found = compare(library.model("llama"), tuned_copy(library.model("llama")))
+    table = found.table().set_index("measure")
+    last = [found.data["kl"].sel(example=e).values[len(t) - 1] for t, e in zip(TEXTS, "12345", strict=True)]
+    assert table.loc["answer: KL(base ‖ tuned)", "difference"] == pytest.approx(np.mean(last))
+    flips = [found.data["flip"].sel(example=e).values[len(t) - 1] for t, e in zip(TEXTS, "12345", strict=True)]
+    assert table.loc["answer: top-1 flips", "difference"] == pytest.approx(np.mean(flips))
+
+
+def test_a_loss_above_guessing_is_said(library):
+    tuned = copy.deepcopy(library.model("llama"))
+    with torch.no_grad():
+        tuned.lm_head.weight.mul_(30)
+    assert "above that of guessing" in compare(library.model("llama"), tuned).summary()
+    calm = copy.deepcopy(library.model("llama"))
+    with torch.no_grad():
+        calm.lm_head.weight.zero_()  # every token alike: a loss of ln 40, not above it
+    found = compare(calm, copy.deepcopy(calm))
+    found.data.attrs["vocabulary"] = 41
+    assert "above that of guessing" not in found.summary()
+
+
 def test_texts_without_answers(library):
     found = compare(library.model("llama"), tuned_copy(library.model("llama")), TEXTS)
     assert found.answers == []

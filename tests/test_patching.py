@@ -542,3 +542,31 @@ def test_models_without(library, tmp_path):
         run(HookedModel(library.model("neox"), letters()), items(), site="resid_mid")
     with pytest.raises(InputError, match="does not hand out its attention pattern"):
         run(HookedModel(library.model("bloom"), letters()), items(), site="pattern")
+
+
+def test_agreement_is_over_cells_that_change_anything(model):
+    """Positions before the letter that differs cannot change: that both methods say 0 there is no agreement."""
+    found = run(model, items(), method="both")
+    frame = found.to_frame()
+    moving = frame[frame[["effect", "attribution"]].abs().max(axis=1) > 1e-5 * frame["effect"].abs().max()]
+    (row,) = found.agreement().to_dict("records")
+    assert row["cells"] == len(moving) < len(frame)
+    assert row["rank_correlation"] == pytest.approx(moving["effect"].corr(moving["attribution"], method="spearman"))
+    slope = (moving["effect"] * moving["attribution"]).sum() / (moving["effect"] ** 2).sum()
+    assert row["slope"] == pytest.approx(slope)
+    assert f"{len(moving)} cells that change anything" in found.summary()
+
+
+def test_cells_of_one_of_several_examples_come_last(model):
+    prompts = [*items("abcde fghij"), {"prompt": "abcdefgh=", "corrupt": "xbcdefgh=", "answer": "a", "wrong": "b"}]
+    found = run(model, prompts, align="left")
+    frame = found.top(999)
+    alone = frame["examples"].to_numpy() < 2
+    assert alone.any()
+    assert not alone[: int((~alone).sum())].any()
+    assert frame.loc[frame["examples"] == 1, "recovery"].isna().all()
+
+
+def test_windows_are_said(model):
+    assert "in windows of 2 layers" in run(model, items(), window=2).summary()
+    assert "windows" not in run(model, items()).summary()

@@ -215,3 +215,14 @@ def test_as_a_user_calls_it(prompts, tmp_path, in_new_process):
     assert done.returncode == 0, done.stderr
     assert json.loads(done.stdout)["kind"] == "cmap"
     assert (tmp_path / "runs" / "cmap" / "cmap.nc").is_file()
+
+
+def test_an_adapter_with_its_base(prompts, call, tmp_path, capsys):
+    lora = Path(BASE).parent / "lora"
+    assert call(patching, lora, prompts, "--quiet", "--out", tmp_path / "o") == 2
+    assert "--base" in capsys.readouterr().err
+    assert call(patching, lora, prompts, "--base", BASE, "--quiet", "--out", tmp_path / "o") == 0
+    found = fl.load(tmp_path / "o" / "patching.nc")
+    pair = fl.ModelPair.load(BASE, lora)
+    expected = fl.patch(pair.tuned, prompts, progress=False)
+    assert found.to_frame().equals(expected.to_frame())

@@ -68,7 +68,7 @@ def test_the_map_shows_recovery():
     assert [t.get_text() for t in ax.get_xticklabels()] == ["<bos>", "the", "(2)", r"\$x\$", "↵"]
     assert ax.get_ylabel() == "layer"
     assert ax.yaxis.get_inverted()  # layer 0 on top
-    assert ax.get_title() == "denoising"
+    assert ax.get_title().startswith("denoising")
 
 
 def test_the_map_shows_effects_where_recovery_is_undefined():
@@ -103,6 +103,12 @@ def test_dots_are_the_cells_clear_of_zero():
     assert 0 < len(drawn) < len(frame)  # the first cell has no effect
 
 
+def test_dots_across_models_are_clear_of_the_other_prompt_too():
+    result = patching(("layer", "head"), ("tuned→base",), kind=CrossPatching)
+    result.data["random_logit_diff"] = result.data["logit_diff"].copy()
+    assert not any(len(line.get_xdata()) for line in plots.patching_heatmap(result).lines)
+
+
 def test_missing_cells_stay_empty():
     result = patching()
     result.data["logit_diff"][0, 1, 2] = np.nan
@@ -126,7 +132,7 @@ def test_directions_are_named():
     result = patching(directions=("denoising", "noising"))
     with pytest.raises(InputError, match="pass direction, one of denoising, noising"):
         plots.patching_heatmap(result)
-    assert plots.patching_heatmap(result, direction="noising").get_title() == "noising"
+    assert plots.patching_heatmap(result, direction="noising").get_title().startswith("noising")
     with pytest.raises(InputError, match="two dimensions"):
         plots.patching_heatmap(patching(("layer",)))
     with pytest.raises(InputError, match="quantity is"):
@@ -156,15 +162,12 @@ def test_cross_patches():
     axes = plots.cmap_bars(result, n=4)
     assert [ax.get_title() for ax in axes] == ["tuned→base", "base→tuned"]
     assert [[t.get_text() for t in ax.get_yticklabels()] for ax in axes] == [["2.3", "2.2", "2.1", "2.0"]] * 2
-    for ax, direction in zip(axes, result.directions, strict=True):
-        frame = result.to_frame().query("direction == @direction").set_index(["layer", "head"])
+    for ax, name in zip(axes, result.directions, strict=True):
+        frame = result.to_frame().loc[lambda f, name=name: f["direction"] == name].set_index(["layer", "head"])
         widths = [bar.get_width() for bar in ax.patches if bar.get_height() == 0.55]
         np.testing.assert_allclose(widths, [frame.loc[(2, h), "effect"] for h in (3, 2, 1, 0)])
         (circles,) = [line for line in ax.lines if line.get_marker() == "o"]
         np.testing.assert_allclose(circles.get_xdata(), [frame.loc[(2, h), "random_effect"] for h in (3, 2, 1, 0)])
-        (band,) = [p for p in ax.patches if p.get_height() != 0.55]
-        _, low, high = result.null(direction=direction)
-        np.testing.assert_allclose([band.get_x(), band.get_x() + band.get_width()], [low, high])
 
 
 def test_effects_that_hurt_count_as_much():

@@ -70,7 +70,7 @@ def as_model(
         base = checkpoint.origin.get("base_model_name_or_path")
         raise InputError(
             f"{checkpoint.source} is an adapter and does not run alone: load it with its base ({base}) as "
-            "fl.ModelPair.load(base, adapter).tuned, or give the merged model"
+            "fl.ModelPair.load(base, adapter).tuned (--base), or give the merged model"
         )
     return load_model(checkpoint, config=config, tokenizer=tokenizer, device=device, dtype=dtype)
 

@@ -49,7 +49,7 @@ def run_with_nnsight(
     try:
         import nnsight
     except ImportError:
-        raise InputError("nnsight is not installed; install it (pip install nnsight) to run its backend") from None
+        raise InputError("nnsight is not installed; it comes with finetune_lens[remote]") from None
 
     changes: dict[str, list[Any]] = {}
     for name, change in edits:

@@ -407,7 +407,9 @@ class _Batch:
             return Change(row, column, None, given[at[0], at[1]])
         values = given[at[0], at[1], one]
         if kind == "result":
-            values = result_of(self.sweep.donor.model.anatomy.blocks[layer], values, one)
+            donor = self.sweep.donor.model
+            with donor.side(), torch.no_grad():  # on shared weights its own output projection has its adapter or not
+                values = result_of(donor.anatomy.blocks[layer], values, one)
         return Change(row, column, head, values)
 
 

@@ -74,7 +74,7 @@ def numbers(result: "Patching", direction: str, quantity: str | None, example: s
     metric = LABELS[result.metric]
     if example is not None:
         if example not in result.data["example"].values:
-            raise InputError(f"there is no example {example!r}; the first is {result.data['example'].values[0]!r}")
+            raise InputError(f"there is no example {example!r}; the first is {str(result.data['example'].values[0])!r}")
         one = result.data.sel(direction=direction, example=example)
         values = one[result.metric].transpose(*result.dims).values
         gap = float(one[f"donor_{result.metric}"] - one[f"recipient_{result.metric}"])

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from finetune_lens.plots._cells import LABELS, cell_name
-from finetune_lens.plots._style import COLUMN, NULL_BAND, NULL_LINE, OBSERVED, PAGE, PALE, legend, new_axes, styled
+from finetune_lens.plots._style import COLUMN, NULL_LINE, OBSERVED, PAGE, PALE, legend, new_axes, styled
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 def cmap_bars(result: "CrossPatching", *, n: int = 12, axes: "Sequence[Axes] | None" = None) -> np.ndarray:
     """Mean effect and 95 % interval of the `n` cells with the largest effect in any direction, a panel a direction.
 
-    Open circles: the same patch with the donor run on another prompt; grey band: 95 % of all cells patched so. Dashed:
+    Open circles: the same patch with the donor run on another prompt, which is what to compare an effect with. Dashed:
     the difference of the whole models, donor − recipient. Returns the axes.
     """
     frame, directions = result.to_frame(), result.directions
@@ -38,8 +38,6 @@ def cmap_bars(result: "CrossPatching", *, n: int = 12, axes: "Sequence[Axes] | N
             at = np.arange(len(part))
             ax.axvline(0, color=NULL_LINE, lw=0.6, zorder=2)
             if result.has_null:
-                _, low, high = result.null(direction=direction)
-                entries["other prompts, 95 % of cells"] = ax.axvspan(low, high, color=NULL_BAND, lw=0, zorder=0)
                 (entries["donor on another prompt"],) = ax.plot(
                     part["random_effect"], at, "o", mfc="none", color="0.4", ms=3.5, mew=0.7, zorder=2
                 )

@@ -28,7 +28,9 @@ def patching_heatmap(
 
     Colour is the recovered share of the difference between donor and recipient (`quantity="effect"`: the mean effect;
     also where that difference is not clear of 0), white at 0. A dot: the effect is clear of 0 at a false discovery
-    rate of 5 % over the cells. Cells without a patch are hatched. With `example` the values and tokens of that one.
+    rate of 5 % over the cells, and across models also of that of a
+    donor on another prompt. Cells without a patch are hatched. With `example` the values
+    and tokens of that one.
 
     Raises:
         InputError: a grid of one or three dimensions, or a direction that was not measured.
@@ -66,7 +68,8 @@ def patching_heatmap(
         else:
             _ticks(ax.xaxis, xs, MaxNLocator(16, integer=True))
         _ticks(ax.yaxis, ys, MaxNLocator(16, integer=True))
-        ax.set(xlim=(-0.5, columns - 0.5), ylim=(rows - 0.5, -0.5), ylabel=result.dims[0], title=direction)
+        ax.set(xlim=(-0.5, columns - 0.5), ylim=(rows - 0.5, -0.5), ylabel=result.dims[0])
+        ax.set_title(direction if example is not None else f"{direction}   (dot: clear of 0)")
         ax.set_xlabel("token (number in brackets: prompts differ)" if names and "(" in "".join(names) else
                       "token" if names else result.dims[1])  # fmt: skip
         ax.tick_params(length=0)
@@ -92,7 +95,10 @@ def _dots(ax: "Axes", result: "Patching", direction: str, values: np.ndarray, mo
     """A dot where the effect is clear of 0, black on pale cells and white on dark ones."""
     frame = result.to_frame()
     frame = frame[frame["direction"] == direction]
-    clear = (frame["p_adjusted"] < FDR).to_numpy().reshape(values.shape) & np.isfinite(values)
+    sure = frame["p_adjusted"] < FDR
+    if "specific" in frame:
+        sure &= (frame["specific_low"] > 0) | (frame["specific_high"] < 0)
+    clear = sure.to_numpy().reshape(values.shape) & np.isfinite(values)
     for dark, colour in ((False, "black"), (True, "white")):
         y, x = np.nonzero(clear & ((np.abs(values) > 0.6 * most) == dark))
         ax.plot(x, y, ".", color=colour, ms=1.6, mew=0)

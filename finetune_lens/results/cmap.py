@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from finetune_lens import stats
-from finetune_lens.results.patching import Patching, _mean
+from finetune_lens.results.patching import Patching, _mean, _plain
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -48,10 +48,20 @@ class CrossPatching(Patching):
         )  # fmt: skip
         return frame
 
+    def _beside(self, row: "pd.Series") -> str:
+        if "specific" not in row or np.isnan(row["specific"]):
+            return ""
+        ends = "" if np.isnan(row["specific_low"]) else f" [{row['specific_low']:.3g}, {row['specific_high']:.3g}]"
+        return f"; beyond another prompt's donor ({row['random_effect']:+.3g}): {row['specific']:+.3g}{ends}"
+
     def headline(self) -> dict[str, Any]:
         """As of `Patching`, with the controls."""
         found = super().headline()
         for direction in self.directions:
+            top = self.top(3, direction=direction)
+            for entry, row in zip(found[direction]["top"], top.to_dict("records"), strict=True):
+                names = [n for n in ("random_effect", "specific", "specific_low", "specific_high") if n in row]
+                entry.update(_plain({name: row[name] for name in names}))
             found[direction]["self_donor"] = float(self.data["self_donor"].sel(direction=direction))
             if self.has_null:
                 _, low, high = self.null(direction=direction)
@@ -67,5 +77,7 @@ class CrossPatching(Patching):
         )
         if self.has_null:
             median, low, high = self.null(direction=direction)
-            lines.append(f"  random donor: median effect {median:+.3g}, 95 % of cells in [{low:.3g}, {high:.3g}]")
+            lines.append(
+                f"  random donors, all cells: median effect {median:+.3g}, 95 % of cells in [{low:.3g}, {high:.3g}]"
+            )
         return lines

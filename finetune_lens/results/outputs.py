@@ -55,12 +55,23 @@ class Outputs(Result):
         for label, name in BETWEEN.items():
             by_text = _mean(self.data[name].transpose("example", "position").values)
             rows.append({"measure": label, "base": np.nan, "tuned": np.nan} | _interval(by_text))
+        if self.answers:
+            for label, name in (("KL(base ‖ tuned)", "kl"), ("top-1 flips", "flip")):
+                row = {"measure": f"answer: {label}", "base": np.nan, "tuned": np.nan}
+                rows.append(row | _interval(self._where_answered(name)))
         sided = {"entropy": "entropy", "loss on the text": "loss"} | {f"answer: {m}": m for m in self.answers}
         for label, name in sided.items():
             values = self.data[name].transpose("side", "example", ...).values.astype(float)
             base, tuned = values if values.ndim == 2 else _mean(values)
             rows.append({"measure": label, "base": _mean(base), "tuned": _mean(tuned)} | _interval(tuned - base))
         return pd.DataFrame(rows)
+
+    def _where_answered(self, name: str) -> np.ndarray:
+        """(example,) of a measure at the last compared position, where the answer begins; NaN without an answer."""
+        values = self.data[name].transpose("example", "position").values
+        last = (self.data["token"].transpose("example", "position").values != "").sum(1) - 1
+        answered = np.isfinite(self.data[self.answers[0]].transpose("side", "example").values).all(0)
+        return np.where(answered, values[np.arange(len(last)), last], np.nan)
 
     def table(self) -> "pd.DataFrame":
         """A row a measure: base, tuned, and their paired difference (or what lies between them) with its interval."""
@@ -143,6 +154,13 @@ class Outputs(Result):
         lines += _aligned(
             ["", "base", "tuned", "difference", "95 %"], [_row(r) for r in self.table().to_dict("records")]
         )
+        rows = self.table().set_index("measure")
+        guessing = np.log(self.data.attrs.get("vocabulary", np.inf))
+        if rows.loc["loss on the text", ["base", "tuned"]].max() > guessing:
+            lines.append(
+                f"a loss above that of guessing ({guessing:.3g}): the texts are not what the models predict; look at "
+                "the answers"
+            )
         lines.append("predictions that changed most:")
         for row in self.positions(3).to_dict("records"):
             lines.append(

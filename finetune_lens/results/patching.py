@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     import xarray as xr
 
 METRICS = ("logit_diff", "logprob", "prob", "reciprocal_rank", "accuracy", "kl")
+NOTHING = 1e-5  # of the largest effect: what rounding leaves where nothing can change
 ESTIMATES = {"attribution": "attribution", "integrated": "integrated gradients"}  # effects to first order only
 
 
@@ -79,6 +80,8 @@ class Patching(Result):
             gap = self.data[f"donor_{metric}"] - self.data[f"recipient_{metric}"]
             part = values.isel(direction=direction)
             numbers = stats.interval_of_ratio(part.values, gap.isel(direction=direction).values)
+            if values.sizes["example"] > 1:  # a cell of one of several has no share to compare
+                numbers = np.where(np.isnan(numbers[1]), np.nan, numbers[0]), *numbers[1:]
             parts.append(self._summarised(part, numbers, ("ratio", "low", "high")))
         return xr.concat(parts, "direction").assign_coords(direction=self.data.direction)
 
@@ -127,14 +130,20 @@ class Patching(Result):
         return frame
 
     def top(self, n: int = 10, *, direction: str | None = None) -> "pd.DataFrame":
-        """The patches with the largest mean effect either way."""
+        """The patches with the largest mean effect either way; those of a single example come last."""
         frame = self.to_frame()
         if direction is not None:
             frame = frame[frame["direction"] == direction]
-        return frame.reindex(frame["effect"].abs().sort_values(ascending=False, kind="stable").index).head(n)
+        size = frame["effect"].abs()
+        if self.data.sizes["example"] > 1:
+            size = size.where(frame["examples"] > 1, -1)
+        return frame.reindex(size.sort_values(ascending=False, kind="stable").index).head(n)
 
     def agreement(self) -> "pd.DataFrame":
-        """Of attribution with the exact effects, by direction: rank correlation, worst disagreement and where.
+        """Of attribution with the exact effects, by direction: rank correlation, slope, worst disagreement and where.
+
+        Over the cells in which either is not 0 (`cells`): a patch that cannot change anything agrees for nothing. The
+        slope is that of attribution on the effects through 0: 1 where they agree, less where attribution saturates.
 
         Raises:
             InputError: only one of the two was measured.
@@ -147,11 +156,16 @@ class Patching(Result):
         frame = self.to_frame()
         rows = []
         for direction, part in frame.groupby("direction", sort=False):
+            size = part[["attribution", "effect"]].abs()
+            part = part[size.max(axis=1) > NOTHING * size.max().max()]
             off = (part["attribution"] - part["effect"]).abs()
+            squares = float((part["effect"] ** 2).sum())
             worst = part.loc[off.idxmax()] if off.notna().any() else None
             rows.append(
                 {
                     "direction": direction,
+                    "cells": len(part),
+                    "slope": float((part["attribution"] * part["effect"]).sum()) / squares if squares else np.nan,
                     "rank_correlation": stats.rank_correlation(part["attribution"].values, part["effect"].values),
                     "worst": np.nan if worst is None else float(off.max()),
                     "worst_at": "" if worst is None else self._place(worst),
@@ -180,11 +194,17 @@ class Patching(Result):
         method = ESTIMATES.get(self.data.attrs.get("method"))
         how = f" (estimated by {method})" if method else ""
         grid = f"{cells} {' × '.join(self.dims)} cells"
-        lines = [f"{site} patched{how}, {grid}, {examples} examples; metric {self.metric}"]
+        window = self.data.attrs.get("window", 1)
+        windows = f" in windows of {window} layers (fewer at the ends)" if window > 1 else ""
+        lines = [f"{site} patched{how}{windows}, {grid}, {examples} examples; metric {self.metric}"]
         for row in self.gap().to_dict("records"):
             lines += self._lines(row)
         lines += [str(note) for note in self.provenance.get("notes", [])]
         return "\n".join(lines)
+
+    def _beside(self, row: "pd.Series") -> str:
+        """What else stands on the line of a patch."""
+        return ""
 
     def _lines(self, gap: dict[str, Any]) -> list[str]:
         """One direction: the gap, then the largest effects."""
@@ -194,13 +214,16 @@ class Patching(Result):
         ]
         for _, row in self.top(3, direction=gap["direction"]).iterrows():
             share = "" if np.isnan(row["recovery"]) else f", recovery {row['recovery']:.2f}"
-            lines.append(f"  {self._place(row)}: {row['effect']:+.3g} [{row['low']:.3g}, {row['high']:.3g}]{share}")
+            few = "" if row["examples"] == self.data.sizes["example"] else f", {row['examples']} examples"
+            ends = "" if np.isnan(row["low"]) else f" [{row['low']:.3g}, {row['high']:.3g}]"
+            lines.append(f"  {self._place(row)}: {row['effect']:+.3g}{ends}{share}{few}{self._beside(row)}")
         if not (gap["low"] > 0 or gap["high"] < 0):
             lines.append("  donor and recipient do not differ clearly: recovery is undefined")
         if f"attribution_{self.metric}" in self.data:
             agreement = self.agreement().set_index("direction").loc[gap["direction"]]
             lines.append(
-                f"  attribution against exact: rank correlation {agreement['rank_correlation']:.3f}, "
+                f"  attribution against exact, {agreement['cells']} cells that change anything: rank correlation "
+                f"{agreement['rank_correlation']:.3f}, slope {agreement['slope']:.2f}, "
                 f"worst disagreement {agreement['worst']:.3g} at {agreement['worst_at']}"
             )
         return lines
