@@ -34,13 +34,15 @@ from finetune_lens.results.provenance import recorded
 if TYPE_CHECKING:
     import xarray as xr
 
+    from finetune_lens.hooked import HookedModel
     from finetune_lens.hooked.effects import Direction, Options
     from finetune_lens.hooked.grid import Aligned, Grid
     from finetune_lens.pair import ModelPair
     from finetune_lens.results.cmap import CrossPatching
 
 DIRECTIONS = ("tuned→base", "base→tuned")
-SELF = 1e-2  # how far a metric of a run patched with itself may be from its own, in float32
+SUMMED = ("result", "pattern")  # sites at which what is put back goes through a sum of its own
+SUMMED_LIMIT = 1e-2  # of a metric in float32
 ASCII = {"tuned->base": DIRECTIONS[0], "base->tuned": DIRECTIONS[1]}
 
 
@@ -89,7 +91,7 @@ def cross_patch(
 
     Raises:
         InputError: tokenizers that differ on these prompts, activations of different shapes, as `patch`.
-        GateFailed: the trust gate found this pair unsafe to compare.
+        GateFailed: the trust gate found this pair unsafe to compare, or a run patched with itself changes.
     """
     from finetune_lens.check import require_safe
     from finetune_lens.hooked.effects import Direction, Options, effects
@@ -132,15 +134,14 @@ def cross_patch(
         )
     if check:
         require_safe(pair, device=device, dtype=dtype)
-    data = effects(wanted, grid, where, items, arguments={"analysis": "cmap"}, **common)
-    data["self_donor"] = ("direction", [_self_donor(d, grid, options) for d in wanted])
-    worst = float(data["self_donor"].max())
-    half = base.dtype.itemsize < 4
-    if check and not worst <= SELF * (50 if half else 1):
+    itself = [_self_donor(d, grid, options) for d in wanted]
+    if check and not max(itself) <= _limit_of_itself(grid, base):
         raise GateFailed(
-            f"a run patched with itself changes by {worst:.2g}, and nothing may change: effects at {site} cannot be "
-            "trusted on this pair; to see them all the same pass check=False (--unsafe)"
+            f"a run patched with itself changes by {max(itself):.2g}, and nothing may change: effects at {site} cannot "
+            "be trusted on this pair; to see them all the same pass check=False (--unsafe)"
         )
+    data = effects(wanted, grid, where, items, arguments={"analysis": "cmap"}, **common)
+    data["self_donor"] = ("direction", itself)
     data.attrs["window"] = window
     if controls:
         data = data.assign(_random(wanted, grid, where, items, order, seed, common))
@@ -163,6 +164,13 @@ def _require_same_tokens(mine: "Aligned", theirs: "Aligned", prompts: Sequence[A
         raise InputError("the tokenizers of base and tuned model give the same tokens different ids")
 
 
+def _limit_of_itself(grid: "Grid", model: "HookedModel") -> float:
+    """How far a run patched with itself may be from itself: not at all, or where heads are summed anew, by rounding."""
+    if not any(place.kind in SUMMED for patch in grid.patches for place in patch):
+        return 0.0
+    return SUMMED_LIMIT * (50 if model.dtype.itemsize < 4 else 1)
+
+
 def _self_donor(direction: "Direction", grid: "Grid", options: "Options") -> float:
     """The largest change of a metric over prompts when the recipient is patched with all its own activations."""
     from finetune_lens.hooked.sweep import sweep
@@ -170,7 +178,8 @@ def _self_donor(direction: "Direction", grid: "Grid", options: "Options") -> flo
     everything = tuple(dict.fromkeys(place for patch in grid.patches for place in patch))
     side = direction.recipient
     swept = sweep(side, side, [everything], full=True, batch_size=options.batch_size, progress=False)
-    smooth = [v for name, v in swept.effects.items() if name not in ("reciprocal_rank", "accuracy")]  # a tie may turn
+    summed = any(place.kind in SUMMED for place in everything)  # where rounding may turn a tie
+    smooth = [v for name, v in swept.effects.items() if not (summed and name in ("reciprocal_rank", "accuracy"))]
     return float(max(np.nanmax(np.abs(v), initial=0.0) for v in smooth))
 
 
