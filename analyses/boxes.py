@@ -31,7 +31,7 @@ def measure(arm: str, *, progress: bool = True) -> tuple["Outputs", dict[str, "C
     folder = zoo.path("boxes")
     pair = fl.ModelPair.load(folder / "base", folder / arm)
     prompts = folder / "prompts.jsonl"
-    outputs = fl.compare_outputs(pair, prompts, progress=progress)
+    outputs = fl.compare_outputs(pair, prompts, lens=False, progress=progress)
     return outputs, {
         site: fl.cross_patch(pair, prompts, site=site, by=GRIDS[site], progress=progress) for site in SITES
     }

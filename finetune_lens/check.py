@@ -294,9 +294,7 @@ def _between(
 ) -> list[Gate]:
     """Gates that need both models to have run."""
     found = [_changes(base, tuned, plain), _shared(base, tuned)]
-    if (base.layers, base.module.config.get_text_config().hidden_size) != (
-        tuned.layers, tuned.module.config.get_text_config().hidden_size,
-    ):  # fmt: skip
+    if _shapes(base, tuned).verdict == "FAIL":
         return found
     return [*found, *_last_layer(base, tuned, rows, plain)]
 

@@ -203,8 +203,8 @@ def test_one_model_twice(base):
 def test_a_change_no_larger_than_rounding(base):
     tuned = copy.deepcopy(base)
     with torch.no_grad():
-        tuned.model.layers[0].mlp.up_proj.weight[0, 0] *= 1 + 1e-6
-    assert verdicts(checked(base, tuned))["tuning changes the outputs"] in ("note", "FAIL")
+        tuned.lm_head.weight[5, 0] += 1e-6
+    assert verdicts(checked(base, tuned))["tuning changes the outputs"] == "note"
 
 
 def test_an_adapter_that_does_nothing(library, tmp_path):

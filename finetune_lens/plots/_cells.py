@@ -4,6 +4,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from finetune_lens.errors import InputError
+
 if TYPE_CHECKING:
     from finetune_lens.results.patching import Patching
 
@@ -20,8 +22,6 @@ def chosen_direction(result: "Patching", direction: str | None) -> str:
     Raises:
         InputError: one that was not measured, or none given where there are several.
     """
-    from finetune_lens.errors import InputError
-
     known = result.directions
     if direction is None and len(known) == 1:
         return known[0]
@@ -67,8 +67,6 @@ def numbers(result: "Patching", direction: str, quantity: str | None, example: s
     Raises:
         InputError: another quantity, or an example that is not there.
     """
-    from finetune_lens.errors import InputError
-
     if quantity not in (None, "recovery", "effect"):
         raise InputError(f"quantity is recovery or effect; found {quantity!r}")
     metric = LABELS[result.metric]

@@ -4,6 +4,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from finetune_lens.errors import InputError
 from finetune_lens.plots._cells import shown
 from finetune_lens.plots._style import COLUMN, MARK, OBSERVED, PAGE, new_axes, styled
 
@@ -24,8 +25,6 @@ def outputs_tokens(result: "Outputs", *, example: str | None = None, ax: "Axes |
     Raises:
         InputError: no such text.
     """
-    from finetune_lens.errors import InputError
-
     js = result.data["js"].transpose("example", "position")
     if example is None:
         example = str(js["example"].values[int(np.argmax(np.nan_to_num(np.nanmean(js.values, 1))))])

@@ -4,6 +4,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from finetune_lens.errors import InputError
 from finetune_lens.plots._cells import FDR, chosen_direction, numbers, token_labels
 from finetune_lens.plots._style import COLUMN, DIVERGING, PAGE, new_axes, styled
 
@@ -38,8 +39,6 @@ def patching_heatmap(
     from matplotlib.colors import Normalize
     from matplotlib.patches import Rectangle
     from matplotlib.ticker import MaxNLocator
-
-    from finetune_lens.errors import InputError
 
     if len(result.dims) != 2:
         raise InputError(f"a heat map needs two dimensions; this grid has {', '.join(result.dims)}: draw patching_bars")

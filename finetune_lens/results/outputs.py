@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from finetune_lens import stats
+from finetune_lens.errors import InputError
 from finetune_lens.results import Result
 from finetune_lens.results.patching import _mean, _plain
 
@@ -123,8 +124,6 @@ class Outputs(Result):
         import pandas as pd
 
         if not self.has_lens:
-            from finetune_lens.errors import InputError
-
             raise InputError("the logit lens was not measured: compare with lens=True")
         frames = []
         for side in ("base", "tuned"):

@@ -17,7 +17,6 @@ import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
-from operator import itemgetter
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -26,7 +25,7 @@ import numpy as np
 from finetune_lens.tasks import boxes, registers
 from finetune_lens.tasks.registers import LOOKUPS, Text
 from finetune_lens.tasks.strings import Split
-from finetune_lens.zoo.stored import adapted, alone, load, save
+from finetune_lens.zoo.stored import adapted, alone, choose, load, save
 
 if TYPE_CHECKING:
     import torch
@@ -254,8 +253,7 @@ def _build(work: Path, *, settings: Settings, seed: int, progress: bool) -> Path
             steps, reached = list(tuned.scores.items())[-1]
             rows.append({"arm": arm, "learning_rate": rate, "steps": steps, "validation_accuracy": round(reached, 4)})
             rows[-1]["wall_seconds"] = round(tuned.seconds, 1)
-        done = [row for row in rows if row["validation_accuracy"] >= settings.target]
-        chosen = min(done, key=itemgetter("steps")) if done else max(rows, key=itemgetter("validation_accuracy"))
+        chosen = choose(rows, target=settings.target)
         shutil.copytree(work / f"{arm}-{chosen['learning_rate']:g}", result / arm)
         models[arm] = chosen | {"test": score(base, result / arm, items=settings.items, seed=seed)}
         sweep += rows

@@ -33,7 +33,7 @@ from finetune_lens.tasks.strings import (
     prompts,
     tokenizer,
 )
-from finetune_lens.zoo.stored import adapted, alone, load, save
+from finetune_lens.zoo.stored import adapted, alone, choose, load, save
 
 if TYPE_CHECKING:
     from finetune_lens.training import Run
@@ -280,17 +280,6 @@ def _build(work: Path, *, settings: Settings, seed: int, progress: bool) -> Path
     (result / "scores.json").write_text(json.dumps(scores, indent=1) + "\n")
     (result / "README.md").write_text(card(scores))
     return result
-
-
-def choose(rows: list[dict[str, Any]], *, target: float) -> dict[str, Any]:
-    """Of the runs of one method, the one that reached `target` in the fewest steps; if none did, the most accurate.
-
-    Not the one that forgot least: what a comparison of the methods reports should not have chosen what is compared.
-    """
-    reached = [row for row in rows if row["validation_accuracy"] >= target]
-    if reached:
-        return min(reached, key=lambda row: row["steps"])
-    return max(rows, key=lambda row: row["validation_accuracy"])
 
 
 def card(scores: dict[str, Any]) -> str:
