@@ -104,6 +104,18 @@ class Part:
             tensor = tensor[self.expert]
         return self._cut(tensor.T if self.transpose else tensor)
 
+    def write(self, value: torch.Tensor) -> None:
+        """Put `value`, in the form that `read` gives, into the tensor itself: of tensors in memory."""
+        tensor = self.stored.read()
+        tensor = tensor.reshape(1) if tensor.ndim == 0 else tensor
+        tensor = tensor if self.expert is None else tensor[self.expert]
+        tensor = tensor.T if self.transpose else tensor
+        at = 0
+        for start, stop in self.rows or ((0, len(tensor)),):
+            piece = tensor[start:stop] if self.columns is None else tensor[start:stop, : self.columns]
+            piece.copy_(value[at : at + len(piece)])
+            at += len(piece)
+
     def of_update(self, update: LowRank) -> LowRank:
         """The part of an update of the whole module that falls on this part."""
         return replace(update, left=self._cut(update.left, columns=False), right=update.right[:, : self.columns])

@@ -105,6 +105,27 @@ def load_pair(
     return load_model(base, config=config, tokenizer=tokenizer, device=device, dtype=dtype), other
 
 
+def load_writable(
+    base: Checkpoint, tuned: Checkpoint, *, config: Any = None, tokenizer: Any = None, device: Any = "auto",
+    dtype: str = "auto",
+) -> HookedModel:  # fmt: skip
+    """The base in memory of its own, with the tuned side's adapter on it where that is factored: to be written into.
+
+    A model or tensors that came in memory are copied: they stay what they are.
+    """
+    one = load_model(base, config=config, tokenizer=tokenizer, device=device, dtype=dtype)
+    module = one.module if base.origin.get("files") else copy.deepcopy(one.module)
+    known = one.tokenizer or _tokenizer(tokenizer, tuned)
+    if tuned.is_adapter:
+        module = _with_adapter(module, tuned.origin["adapter"])
+    return HookedModel(module.requires_grad_(False).eval(), known, name=f"{base.source} → {tuned.source}")
+
+
+def tokenizer_of(checkpoint: Checkpoint, given: Any = None) -> Any:
+    """The tokenizer that is given, or lies beside the weights; None where there is none."""
+    return _tokenizer(given, checkpoint)
+
+
 def shares_weights(base: HookedModel, tuned: HookedModel) -> bool:
     """Whether the two are one module, with and without its adapter."""
     return base.module is tuned.module
