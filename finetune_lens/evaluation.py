@@ -194,7 +194,7 @@ def add_gradient(
             found = _read_out(model, examples, rows)
             part = found["loss"].sum() / len(index)
             part.backward()
-        loss += float(part)
+        loss += float(part.detach())
         accuracy += float(found["accuracy"].sum()) / len(index)
     return loss, accuracy
 

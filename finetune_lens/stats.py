@@ -127,6 +127,29 @@ def rank_correlation(a: ArrayLike, b: ArrayLike) -> float:
     return float(np.corrcoef(a, b)[0, 1])
 
 
+def calibration(confidence: ArrayLike, correct: ArrayLike, *, bins: int = 15) -> tuple[np.ndarray, float]:
+    """Reliability curve and expected calibration error (Guo et al. 2017, arXiv 1706.04599, §2), in bins of equal width.
+
+    ECE = Σ_bins (n_bin/n)·|accuracy − confidence|.
+
+    Args:
+        confidence: (example) probability of what was predicted.
+        correct: (example) 1 where it was right, 0 where not. Examples that are NaN in either are left out.
+
+    Returns:
+        (bin, 3): mean confidence, accuracy, number; NaN, NaN, 0 where a bin is empty. And the error.
+    """
+    confidence, correct = (np.asarray(side, dtype=np.float64).ravel() for side in (confidence, correct))
+    there = ~np.isnan(confidence) & ~np.isnan(correct)
+    confidence, correct = confidence[there], correct[there]
+    which = np.clip(np.ceil(confidence * bins).astype(int) - 1, 0, bins - 1)
+    number = np.bincount(which, minlength=bins).astype(float)
+    with np.errstate(invalid="ignore"):
+        means = [np.bincount(which, weights=side, minlength=bins) / number for side in (confidence, correct)]
+    error = float(np.nansum(number * np.abs(means[1] - means[0])) / len(confidence)) if len(confidence) else np.nan
+    return np.stack([*means, number], axis=1), error
+
+
 def _by_example(values: ArrayLike) -> tuple[np.ndarray, tuple[int, ...]]:
     """The leading axes as one, and their shape."""
     values = np.asarray(values, dtype=np.float64)
