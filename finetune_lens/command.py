@@ -14,8 +14,9 @@ import shutil
 import signal
 import sys
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import suppress
+from decimal import Decimal, InvalidOperation
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -45,6 +46,7 @@ AllowNonfinite = Annotated[
 Unsafe = Annotated[
     bool, typer.Option("--unsafe", help="Go on although the trust gate finds this pair unsafe to compare.")
 ]
+MOST_STEPS = 1000  # values of a range
 
 
 @dataclasses.dataclass(kw_only=True)
@@ -61,18 +63,24 @@ class Basic:
 
 
 @dataclasses.dataclass(kw_only=True)
-class Common(Basic):
-    """The options that every analysis has."""
+class Saved(Basic):
+    """The options of everything that leaves a result."""
 
     out: Annotated[Path | None, typer.Option(help="Output folder.  [default: runs/NAME]", show_default=False)] = None
+    force: Annotated[bool, typer.Option("--force", help="Overwrite results that are already in the folder.")] = False
+    json: Annotated[bool, typer.Option("--json", help="Print one JSON object on standard output.")] = False
+    plots: Annotated[bool, typer.Option("--plots/--no-plots", help="Draw the figures.")] = True
+
+
+@dataclasses.dataclass(kw_only=True)
+class Common(Saved):
+    """The options that every analysis of models has."""
+
     device: Annotated[str, typer.Option(help="cpu, cuda, cuda:1 …; auto takes a GPU when there is one.")] = "auto"
     seed: Annotated[int, typer.Option(help="Seed of everything random.")] = 0
     limit: Annotated[int | None, typer.Option(min=1, help="Only the first N.  [default: all]", show_default=False)] = (
         None
     )
-    force: Annotated[bool, typer.Option("--force", help="Overwrite results that are already in the folder.")] = False
-    json: Annotated[bool, typer.Option("--json", help="Print one JSON object on standard output.")] = False
-    plots: Annotated[bool, typer.Option("--plots/--no-plots", help="Draw the figures.")] = True
     online: Annotated[bool, typer.Option("--online", help="Ask the hub for what is not cached.")] = False
 
 
@@ -198,6 +206,36 @@ def numbers(text: str) -> list[int]:
     return found
 
 
+def span(text: str) -> list[float]:
+    """`-0.5:1.5:0.5` as [-0.5, 0.0, 0.5, 1.0, 1.5], both ends with it; `0,0.25,1` as it stands.
+
+    The steps are counted in decimals, so that 0 and 1 are exact where they are met.
+
+    Raises:
+        InputError: neither a range nor a list, a step that does not lead from one end to the other, or too many.
+    """
+    pieces = text.split(":")
+    try:
+        exact = [Decimal(piece.strip()) for piece in (pieces if len(pieces) > 1 else text.split(","))]
+    except InvalidOperation:
+        exact = []
+    if not exact or len(pieces) not in (1, 3) or not all(number.is_finite() for number in exact):
+        raise InputError(
+            f"expected a range FIRST:LAST:STEP such as -0.5:1.5:0.1, or numbers such as 0,0.5,1; found {text!r}"
+        )
+    if len(pieces) == 3:
+        first, last, step = exact
+        if step <= 0 or last < first or (last - first) / step >= MOST_STEPS:
+            raise InputError(
+                f"expected a range FIRST:LAST:STEP with FIRST ≤ LAST, a step above 0, and at most {MOST_STEPS} values; "
+                f"found {text!r}"
+            )
+        exact = [first + i * step for i in range(int((last - first) / step) + 1)]
+        if exact[-1] != last:
+            raise InputError(f"steps of {step} lead from {first} to {exact[-1]}, not to {last}; found {text!r}")
+    return [float(number) + 0.0 for number in exact]  # + 0.0: no −0
+
+
 def read_sets(path: Path | None) -> dict[str, list[str]] | None:
     """The sets of places in a JSON file.
 
@@ -232,7 +270,7 @@ def run(*functions: Callable[..., None]) -> None:
     app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None)
     for function in functions:
         app.command(name=function.__name__)(_guarded(function))
-    app(prog_name=f"python -m {functions[0].__module__}")
+    app(prog_name=f"python -m {functions[0].__module__.removesuffix('.__main__')}")
 
 
 def _guarded(function: Callable[..., None]) -> Callable[..., None]:
@@ -364,21 +402,30 @@ class OutputFolder:
         return written
 
 
-def finish(result: "Result", folder: OutputFolder, common: Common, **facts: Any) -> None:
-    """The end of every analysis: save the result, draw its figures, tell what it says (`facts` go into the JSON)."""
-    folder.write(result)
-    figures = []
-    if common.plots:
-        from finetune_lens import plots
+def finish(
+    result: "Result", folder: OutputFolder, common: Common, *beside: "tuple[Result, OutputFolder]", **facts: Any
+) -> None:
+    """The end of every analysis: save the result, draw its figures, tell what it says (`facts` go into the JSON).
 
-        figures = folder.draw(plots.figures_of(result))
+    Results `beside` it have their own files in its folder, and are told after it; in the JSON under their own name.
+    """
+    records = []
+    for one, where in ((result, folder), *beside):
+        where.write(one)
+        figures = []
+        if common.plots:
+            from finetune_lens import plots
+
+            figures = where.draw(plots.figures_of(one))
+        record = {"kind": where.name, "out": str(where.path), "headline": one.headline()}
+        records.append(record | {"figures": [str(p) for p in figures]})
     if common.json:
-        record = {"kind": folder.name, "out": str(folder.path), "headline": result.headline()}
-        record |= facts | {"figures": [str(p) for p in figures]}
+        record = records[0] | facts | {record["kind"]: record for record in records[1:]}
         print(json.dumps(record, ensure_ascii=False, allow_nan=False))
     else:
-        print(result.summary())
-        common.say(f"saved in {folder.path}/" + (f"; figures in {folder.path / 'figures'}/" if figures else ""))
+        print("\n\n".join(one.summary() for one in (result, *(one for one, _ in beside))))
+        drawn = any(record["figures"] for record in records)
+        common.say(f"saved in {folder.path}/" + (f"; figures in {folder.path / 'figures'}/" if drawn else ""))
 
 
 def analyse_weights(
@@ -391,15 +438,20 @@ def analyse_weights(
     fused: bool,
     orientation: str,
     allow_nonfinite: bool,
+    beside: "Sequence[tuple[Result, OutputFolder]]" = (),
     **options: Any,
 ) -> None:
-    """The course of every command that compares the weights of two checkpoints: load, analyse, save, draw, tell."""
+    """The course of every command that compares the weights of two checkpoints: load, analyse, save, draw, tell.
+
+    The analysis may put further results into `beside`, each with its folder.
+    """
     folder = OutputFolder(common.out, name, force=common.force)
 
     from finetune_lens.pair import ModelPair, ModelSeries
 
     kind = ModelSeries if isinstance(tuned, list) else ModelPair
-    pair = kind.load(base, tuned, online=common.online, fused=fused, orientation=orientation)
+    running = {"config": common.config, "tokenizer": common.tokenizer} if isinstance(common, Running) and kind is ModelPair else {}
+    pair = kind.load(base, tuned, online=common.online, fused=fused, orientation=orientation, **running)
     common.say(pair.alignment.summary())
     folder.check()
     result = analysis(
@@ -411,7 +463,7 @@ def analyse_weights(
         **options,
     )
     facts = {"alignment": pair.alignment.summary().splitlines(), "excluded": result.provenance["excluded"]}
-    finish(result, folder, common, **facts)
+    finish(result, folder, common, *beside, **facts)
     if result.provenance["excluded"] and not allow_nonfinite:
         raise CheckFailed(
             f"{len(result.provenance['excluded'])} weights hold NaN or Inf and were left out (listed above); "

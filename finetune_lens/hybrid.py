@@ -301,6 +301,41 @@ class Hybrid:
     def __exit__(self, *_: object) -> None:
         self.hold(0.0)
 
+    @contextmanager
+    def perturbed(self, names: Sequence[str], rho: float, generator: torch.Generator) -> Iterator[HookedModel]:
+        """Within: the weights that are held, of these names θ·(1 + ρε) with ε ~ N(0, 1), a draw an entry, in the order
+        of `names`. After, whatever happened, what was held, bit for bit.
+
+        Of a factored adapter θ is the sum, and its noise lies on the weight beneath.
+
+        Memory: a copy of the named weights.
+
+        Raises:
+            InputError: a weight that is not there.
+        """
+        self._wanted(dict.fromkeys(names, 1.0))
+        held = {name: self._held.get(name, 0.0) for name in names}
+        kept = {name: self.weights[name].live.read().clone() for name in names}
+        try:
+            with torch.no_grad():
+                for name in names:
+                    self._held[name] = _UNKNOWN  # an interruption leaves it to the next `hold`
+                    live = self.weights[name].live
+                    value = kept[name].to(torch.promote_types(kept[name].dtype, torch.float32))
+                    noise = torch.randn(value.shape, generator=generator).to(value)
+                    live.write(value + rho * noise * (value + self._carried(self.weights[name], value)))
+            yield self.model
+        finally:
+            with torch.no_grad():
+                for name in names:
+                    self.weights[name].live.write(kept[name])
+                    self._held[name] = held[name]
+
+    def _carried(self, weight: Weight, like: Tensor) -> "Tensor | float":
+        """What the running adapter adds to a weight."""
+        scale = self._scale.get(weight.base.module, 0.0) if weight.factored else 0.0
+        return scale * weight.base.of_update(weight.tuned()).dense(like.dtype, like.device) if scale else 0.0
+
     def graft(self, mask: Mask, **facts: Any) -> Graft:
         """The tuned values at the entries of a mask, to be kept or put into the base without the tuned model.
 

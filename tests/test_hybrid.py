@@ -139,6 +139,61 @@ def test_after_any_exception_the_base_is_intact(library, tmp_path, error):
     assert same(state(hybrid), before)
 
 
+def test_a_perturbation_is_relative_and_undone(library, family, tmp_path):
+    """θ(γ)·(1 + ρε) in the named weights at whatever γ is held, masks too; then what was held, and later the base."""
+    pair = ModelPair.load(library.saved(family), saved_tuned(library, family, tmp_path))
+    hybrid = Hybrid(pair)
+    base, names = state(hybrid), hybrid.names(layers=[1])
+    mask = {
+        n: torch.rand(hybrid.weights[n].base.shape, generator=torch.Generator().manual_seed(0)) < 0.5 for n in names
+    }
+    for gamma in (0.0, 0.3, mask):
+        with hybrid.at(gamma):
+            before = state(hybrid)
+            live = {n: w.live.read().clone() for n, w in hybrid.weights.items()}
+            with hybrid.perturbed(names, 0.1, torch.Generator().manual_seed(3)):
+                generator = torch.Generator().manual_seed(3)
+                for name in names:
+                    noise = torch.randn(live[name].shape, generator=generator)
+                    torch.testing.assert_close(hybrid.weights[name].live.read(), live[name] * (1 + 0.1 * noise))
+                rest = set(hybrid.weights) - set(names)
+                assert all(torch.equal(hybrid.weights[n].live.read(), live[n]) for n in rest)
+            assert same(state(hybrid), before)
+            hybrid.hold(gamma)
+            assert same(state(hybrid), before)
+        assert same(state(hybrid), base)
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt, RuntimeError])
+def test_a_perturbation_ends_with_an_exception(library, tmp_path, error):
+    pair = ModelPair.load(library.saved("llama"), saved_tuned(library, "llama", tmp_path))
+    hybrid = Hybrid(pair)
+    base = state(hybrid)
+    with hybrid.at(0.5):
+        before = state(hybrid)
+        with pytest.raises(error), hybrid.perturbed(hybrid.names(layers=[0]), 0.1, torch.Generator()):
+            raise error
+        assert same(state(hybrid), before)
+        with pytest.raises(InputError, match="γ names nobody"), hybrid.perturbed(["nobody"], 0.1, torch.Generator()):
+            pass
+    assert same(state(hybrid), base)
+
+
+def test_of_an_adapter_the_sum_is_perturbed(library, tmp_path):
+    """As the same noise on θ0 + BA, written into the weights."""
+    pair = ModelPair.load(library.saved("llama"), lora(library, "llama", tmp_path, **ADAPTERS["everything"][1]))
+    hybrid = Hybrid(pair)
+    names = hybrid.names(layers=[0])
+    masks = {n: torch.ones(w.base.shape, dtype=torch.bool) for n, w in hybrid.weights.items()}
+    found = []
+    for gamma in (1.0, masks):  # carried by the adapter; in the weights
+        with hybrid.at(gamma), hybrid.perturbed(names, 0.3, torch.Generator().manual_seed(0)) as model:
+            found.append(logits(model))
+    with hybrid.at(1.0) as model:
+        assert not torch.allclose(logits(model), found[0], atol=1e-2)
+    torch.testing.assert_close(*found, rtol=1e-4, atol=1e-4)
+
+
 def test_half_a_writing_is_undone(library, tmp_path, monkeypatch):
     pair = ModelPair.load(library.saved("llama"), saved_tuned(library, "llama", tmp_path))
     hybrid = Hybrid(pair)

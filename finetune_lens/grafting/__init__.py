@@ -49,9 +49,9 @@ def graft(
     *,
     evaluate: Mapping[str, Any] | None = None,
     sparsity: float | Sequence[float] = 1e-4,
-    step: float = 300.0,
+    step: float = 100.0,
     rate: float | None = None,
-    steps: int = 20,
+    steps: int = 30,
     examples: int = 1024,
     objective: str = "auto",
     metric: str | None = None,
@@ -136,11 +136,11 @@ def main() -> None:
         sparsity: Annotated[
             str, typer.Option(help="Share of the entries in the base mask; 1e-5,1e-4 is a sweep.")
         ] = "1e-4",
-        step: Annotated[float, typer.Option(help="Of the scores, relative to ‖g⊙Δ‖.")] = 300.0,
+        step: Annotated[float, typer.Option(help="Of the scores, relative to ‖g⊙Δ‖.")] = 100.0,
         rate: Annotated[
             float | None, typer.Option(help="The learning rate itself.  [default: from --step]", show_default=False)
         ] = None,
-        steps: Annotated[int, typer.Option(help="Updates of the scores.")] = 20,
+        steps: Annotated[int, typer.Option(help="Updates of the scores.")] = 30,
         examples: Annotated[int, typer.Option(help="Examples whose gradient is averaged in a step.")] = 1024,
         objective: Annotated[str, typer.Option(help="auto, answer, labels (label words), text.")] = "auto",
         metric: Annotated[

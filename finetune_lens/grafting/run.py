@@ -343,7 +343,7 @@ def _dataset(
     methods = list(dict.fromkeys(method for method, _ in rows))
     example = max(map(len, files.values()))
     shape = (len(files), len(methods), len(levels), example)
-    values = {key: np.full(shape, np.nan) for key in MEASURED}
+    values = {key: np.full(shape, np.nan, np.float32) for key in MEASURED}  # what a forward pass gives
     entries = np.full((len(methods), len(levels)), np.nan)
     by_weight = np.full((len(methods), len(levels), len(names)), np.nan)
     for (method, level), row in rows.items():
@@ -366,8 +366,8 @@ def _dataset(
     variables: dict[str, Any] = {key: (("file", "mask", "level", "example"), v) for key, v in values.items()}
     for end, row in ends.items():
         for key in ("accuracy", "logprob", "confidence"):
-            variables[f"{end}_{key}"] = (("file", "example"), row[key])
-    variables["blocks_agreement"] = (("file", "example"), agreement(ends["blocks"], ends["tuned"]))
+            variables[f"{end}_{key}"] = (("file", "example"), row[key].astype(np.float32))
+    variables["blocks_agreement"] = (("file", "example"), agreement(ends["blocks"], ends["tuned"]).astype(np.float32))
     variables["entries"] = (("mask", "level"), entries)
     variables["entries_by_weight"] = (("mask", "level", "matrix"), by_weight)
     variables["delta_norm"] = ("matrix", update["norm"])

@@ -22,8 +22,8 @@ class Grafting(Result):
     `data` has the dimensions file (train: the examples that chose the mask), mask (graft, the masks beside it, "with
     NAME": joined with another graft), level (the sparsity of the base mask), example, step, matrix, head, and
 
-    - accuracy, logprob, confidence, agreement (file, mask, level, example); base_M, tuned_M, blocks_M (file, example): of
-      the base, the tuned model, and the base with the whole update of the blocks. Random masks are averaged;
+    - accuracy, logprob, confidence, agreement (file, mask, level, example); base_M, tuned_M, blocks_M (file, example):
+      of the base, the tuned model, and the base with all of the blocks' update. Random masks are averaged;
     - entries (mask, level), entries_by_weight (mask, level, matrix), head_entries (level, matrix, head): where the
       mask lies; count, delta_norm, delta_sum, sensitivity (matrix), head_delta_norm (matrix, head): of all entries;
     - search_metric, search_loss, search_entries, search_train_loss (level, step), search_best, search_rate (level);
@@ -76,9 +76,9 @@ class Grafting(Result):
     def values(self, name: str, *, file: str, method: str, level: float | None = None) -> np.ndarray:
         """(example,) of accuracy, logprob, confidence or agreement; method may be base, tuned or blocks."""
         if method in ("base", "tuned", "blocks"):
-            return self.data[f"{method}_{name}"].sel(file=file).values
+            return self.data[f"{method}_{name}"].sel(file=file).values.astype(float)
         level = self.levels[-1] if level is None else level
-        return self.data[name].sel(file=file, mask=method, level=level).transpose("example").values
+        return self.data[name].sel(file=file, mask=method, level=level).transpose("example").values.astype(float)
 
     def gap(self, file: str) -> dict[str, float]:
         """The metric of base and tuned model, and their paired difference with its interval."""
@@ -134,7 +134,7 @@ class Grafting(Result):
         }  # fmt: skip
 
     def to_frame(self) -> "pd.DataFrame":
-        """A row a file, sparsity and mask: entries, metric, Rel and its interval, agreement with the tuned model, ECE."""
+        """A row a file, sparsity and mask: entries, metric, Rel and its interval, agreement with the tuned, ECE."""
         return self._frame.copy()
 
     def table(self, *, file: str | None = None, level: float | None = None) -> "pd.DataFrame":
@@ -210,6 +210,23 @@ class Grafting(Result):
         frame = self._frame[(self._frame["file"] == (file or self.held_out)) & (self._frame["method"] == method)]
         reached = frame[frame["recovery"] >= target]
         return float(reached["share"].min()) if len(reached) else np.nan
+
+    def along_search(self) -> "pd.DataFrame":
+        """A row a level and step of the search: entries, their share, and Rel of the rounded mask.
+
+        On the examples that choose among these masks: not held out.
+        """
+        import pandas as pd
+
+        gap, frames = self.gap("train"), []
+        for level in self.levels:
+            at = self.data.sel(level=level)
+            entries, metric = at.search_entries.values, at.search_metric.values
+            rel = (metric - gap["base"]) / gap["difference"] if gap["low"] * gap["high"] > 0 else np.nan
+            columns = {"level": level, "step": np.arange(len(entries)), "entries": entries}
+            columns |= {"share": entries / int(self.data.attrs["entries"]), "metric": metric, "recovery": rel}
+            frames.append(pd.DataFrame(columns | {"kept": np.arange(len(entries)) == int(at.search_best)}))
+        return pd.concat(frames, ignore_index=True).dropna(subset=["entries"])
 
     def curves(self, file: str | None = None) -> list[Curve]:
         """Share of entries against the metric: a curve a method, with what all of the blocks give as its end."""
@@ -295,7 +312,7 @@ class Grafting(Result):
             lines.append(
                 f"warning: Δ is spread over all entries (concentration (Σ|Δ|)²/(N·ΣΔ²) = {self.concentration:.2f}; 1 "
                 "where all moved alike, 0.64 for normal numbers, near 0 where few did): localisation in few entries is "
-                "not to be expected. AdamW trains so; the paper adds an ℓ1 penalty on Δ (weight 1e-3) for it"
+                "not to be expected. So train LoRA, and AdamW, to which the paper adds an ℓ1 penalty on Δ (weight 1e-3)"
             )
         lines += [str(note) for note in self.provenance.get("notes", [])]
         return "\n".join(lines)
