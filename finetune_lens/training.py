@@ -43,7 +43,7 @@ class Run:
     """What a training run left behind, beside the trained model.
 
     Attributes:
-        losses: (steps taken,) float64, the loss of each step before its update.
+        losses: (steps taken,) float64, the loss of each step before its update, penalty included.
         scores: what `evaluate` returned, by the number of steps taken by then.
         seconds: wall time of the steps and evaluations, interruptions left out.
     """
@@ -63,6 +63,7 @@ def train(
     warmup: int = 0,
     weight_decay: float = 0.0,
     optimizer: Literal["adamw", "sgd"] = "adamw",
+    l1: float = 0.0,
     clip: float = 1.0,
     seed: int = 0,
     evaluate: Callable[[], float] | None = None,
@@ -80,6 +81,7 @@ def train(
         learning_rate: the highest one, reached after `warmup` steps and held ("constant") or brought down towards 0.
         weight_decay: decoupled for "adamw"; on matrices only, not on norms and biases.
         optimizer: "adamw" has β = (.9, .99), suited to short runs; "sgd" has no momentum.
+        l1: weight of the term ‖θ − θ0‖₁ added to the loss, over the trainable parameters θ, which start at θ0.
         clip: the largest norm of the gradient.
         evaluate: called every `every` steps and after the last; its value is kept in `Run.scores`.
         target: the run ends at the first evaluation that is at least this.
@@ -96,13 +98,15 @@ def train(
     ]
     groups = [group for group in groups if group["params"]]
     stepper = torch.optim.SGD(groups) if optimizer == "sgd" else torch.optim.AdamW(groups, betas=(0.9, 0.99))
+    # Before a checkpoint is read: a run that continues is held to where it started, not to where it stopped.
+    started = {name: p.detach().clone() for name, p in trainable.items()} if l1 else {}
     losses: list[float] = []
     scores: dict[int, float] = {}
     seconds = 0.0
 
     identity = ""
     if checkpoint is not None:
-        settings = (steps, learning_rate, schedule, warmup, weight_decay, optimizer, clip, seed, target, every)
+        settings = (steps, learning_rate, schedule, warmup, weight_decay, optimizer, l1, clip, seed, target, every)
         identity = _identity(settings, list(trainable), model, batch(0, np.random.default_rng([seed, 0])))
         if checkpoint.exists():
             saved = torch.load(checkpoint, weights_only=True, map_location="cpu")
@@ -126,6 +130,8 @@ def train(
                 group["lr"] = learning_rate * _scale(step, steps, schedule, warmup)
             model.train()
             loss = model(**batch(step, generator))["loss"]
+            if l1:
+                loss = loss + l1 * sum((p - started[name]).abs().sum() for name, p in trainable.items())
             loss.backward()
             torch.nn.utils.clip_grad_norm_(trainable.values(), clip)
             stepper.step()

@@ -50,10 +50,10 @@ def same(a, b):
     return all(torch.equal(x, y) for x, y in zip(a.state_dict().values(), b.state_dict().values(), strict=True))
 
 
-@pytest.mark.parametrize("optimizer", ["adamw", "sgd"])
+@pytest.mark.parametrize(("optimizer", "l1"), [("adamw", 0.0), ("sgd", 0.0), ("adamw", 0.05), ("sgd", 0.05)])
 @pytest.mark.parametrize("schedule", ["constant", "linear", "cosine"])
-def test_an_interrupted_run_ends_bit_for_bit_where_an_uninterrupted_one_does(tmp_path, optimizer, schedule):
-    options = OPTIONS | {"optimizer": optimizer, "schedule": schedule}
+def test_an_interrupted_run_ends_bit_for_bit_where_an_uninterrupted_one_does(tmp_path, optimizer, l1, schedule):
+    options = OPTIONS | {"optimizer": optimizer, "schedule": schedule, "l1": l1}
     whole, scored = net(), []
     expected = train(whole, batch, evaluate=lambda: scored.append(0) or len(scored), **options)
     again, scored = net(), []
@@ -80,7 +80,15 @@ def test_a_finished_run_is_not_run_again(tmp_path):
 
 @pytest.mark.parametrize(
     "change",
-    [{"steps": 13}, {"learning_rate": 0.04}, {"seed": 1}, {"weight_decay": 0.0}, {"optimizer": "sgd"}, {"clip": 0.1}],
+    [
+        {"steps": 13},
+        {"learning_rate": 0.04},
+        {"seed": 1},
+        {"weight_decay": 0.0},
+        {"optimizer": "sgd"},
+        {"clip": 0.1},
+        {"l1": 0.1},
+    ],
     ids=str,
 )
 def test_a_changed_argument_starts_anew(tmp_path, change):
@@ -132,15 +140,16 @@ def test_the_run_ends_at_the_first_evaluation_that_reaches_the_target():
     assert len(run.losses) == 8
 
 
+class Slope(torch.nn.Module):
+    def __init__(self, start=0.0):
+        super().__init__()
+        self.w = torch.nn.Parameter(torch.tensor(start))
+
+    def forward(self):
+        return {"loss": -self.w}  # gradient −1: SGD moves w by the learning rate
+
+
 def test_the_learning_rate_warms_up_and_comes_down():
-    class Slope(torch.nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.w = torch.nn.Parameter(torch.zeros(()))
-
-        def forward(self):
-            return {"loss": -self.w}  # gradient −1: SGD moves w by the learning rate
-
     def travelled(schedule):
         model = Slope()
         options = {"steps": 4, "learning_rate": 1.0, "warmup": 1, "optimizer": "sgd", "clip": 1.0, "progress": False}
@@ -180,6 +189,27 @@ def test_the_gradient_is_clipped_to_its_norm():
     train(model, lambda step, generator: {}, steps=1, learning_rate=0.1, **options)
     travelled = torch.cat([1 - p.flatten() for p in model.parameters()]).norm().item()
     assert travelled == pytest.approx(0.3, rel=1e-5)
+
+
+def test_the_l1_term_pulls_towards_the_start():
+    model = Slope(5.0)
+    options = {"schedule": "constant", "optimizer": "sgd", "progress": False}
+    run = train(model, lambda step, generator: {}, steps=4, learning_rate=0.5, l1=0.25, **options)
+    # There is no pull at the start itself; then |w − 5| has slope 1, and each step moves w by 0.5·(1 − 0.25).
+    w = [5, 5.5, 5.875, 6.25]
+    assert run.losses == pytest.approx([-at + 0.25 * (at - 5) for at in w])
+    assert model.w.item() == pytest.approx(6.625)
+
+
+def test_a_heavier_l1_term_leaves_less_of_the_update():
+    def travelled(l1):
+        model, start = net(), net()
+        train(model, batch, steps=100, learning_rate=0.01, l1=l1, progress=False)
+        pairs = zip(model.parameters(), start.parameters(), strict=True)
+        return sum((p - q).abs().sum().item() for p, q in pairs)
+
+    none, some, much = map(travelled, (0.0, 0.01, 1.0))
+    assert none > 1.2 * some > 2 * much
 
 
 @pytest.mark.parametrize("training", [True, False])

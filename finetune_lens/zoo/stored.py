@@ -46,14 +46,16 @@ def save(model: "PreTrainedModel", out: Path, tokenizer: "PreTrainedTokenizerFas
         tokenizer.save_pretrained(out)
 
 
-def choose(rows: list[dict[str, Any]], *, target: float) -> dict[str, Any]:
+def choose(rows: list[dict[str, Any]], *, target: float, by: str = "steps") -> dict[str, Any]:
     """Of the runs of one method, the one that reached `target` in the fewest steps; if none did, the most accurate.
+
+    With `by`, the one that has the least of that instead of the fewest steps.
 
     Not the one that forgot least: what a comparison of the methods reports should not have chosen what is compared.
     """
     reached = [row for row in rows if row["validation_accuracy"] >= target]
     if reached:
-        return min(reached, key=lambda row: row["steps"])
+        return min(reached, key=lambda row: row[by])
     return max(rows, key=lambda row: row["validation_accuracy"])
 
 
