@@ -450,7 +450,9 @@ def analyse_weights(
     from finetune_lens.pair import ModelPair, ModelSeries
 
     kind = ModelSeries if isinstance(tuned, list) else ModelPair
-    running = {"config": common.config, "tokenizer": common.tokenizer} if isinstance(common, Running) and kind is ModelPair else {}
+    running = {}
+    if isinstance(common, Running) and kind is ModelPair:
+        running = {"config": common.config, "tokenizer": common.tokenizer}
     pair = kind.load(base, tuned, online=common.online, fused=fused, orientation=orientation, **running)
     common.say(pair.alignment.summary())
     folder.check()

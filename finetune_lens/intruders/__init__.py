@@ -16,6 +16,8 @@ Three routes give the same answers (`finetune_lens.linalg.routes`). Cost a matri
 and a null draw (4/3)·p³. Memory: some float64 copies of the largest matrix, whatever the model's size
 (benchmarks/memory.py counts them).
 
+What the intruders do for the model is another question, and `finetune_lens.intruders.scale` asks it.
+
 >>> import torch
 >>> from finetune_lens import ModelPair, find_intruders
 >>> base = {"layers.0.mlp.up_proj.weight": torch.diag(torch.arange(40.0, 0, -1))}
@@ -27,11 +29,12 @@ and a null draw (4/3)·p³. Memory: some float64 copies of the largest matrix, w
 
 import hashlib
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
 from finetune_lens.errors import InputError
+from finetune_lens.intruders.scale import scale_intruders
 from finetune_lens.results.provenance import recorded
 from finetune_lens.stream import padded
 
@@ -44,6 +47,8 @@ if TYPE_CHECKING:
     from finetune_lens.results.intruders import Intruders
     from finetune_lens.results.trajectory import Trajectory
     from finetune_lens.stream import Row, Rows
+
+__all__ = ["find_intruders", "main", "scale_intruders"]
 
 NULLS = ("evenly", "spectrum")
 WHOLE_UP_TO = 1024  # order of the matrices of which all vectors are looked at by default
@@ -358,58 +363,6 @@ def _reach(data: Any) -> int:
 
 
 def main() -> None:
-    import typer
+    from finetune_lens.intruders.__main__ import main as command
 
-    from finetune_lens.command import (
-        AllowNonfinite,
-        Base,
-        Common,
-        Fused,
-        Orientation,
-        TunedOrSeveral,
-        analyse_weights,
-        run,
-    )
-
-    def intruders(
-        base: Base,
-        tuned: TunedOrSeveral,
-        *,
-        epsilon: Annotated[float, typer.Option(help="Threshold on max |cos|.")] = 0.5,
-        k: Annotated[int, typer.Option(help="Leading singular vectors judged in each matrix.")] = 10,
-        side: Annotated[str, typer.Option(help="left, right or both.")] = "left",
-        ranks: Annotated[
-            int | None, typer.Option(help="Vectors looked at.  [default: all up to order 1024]", show_default=False)
-        ] = None,
-        method: Annotated[str, typer.Option(help="auto, exact, cached (base once) or certified (proofs).")] = "auto",
-        null_draws: Annotated[int, typer.Option(help="Random updates per null and matrix; 0 for none.")] = 5,
-        cache: Annotated[
-            Path | None, typer.Option(help="Folder for decomposed bases, to reuse on other checkpoints.")
-        ] = None,
-        cache_gb: Annotated[float, typer.Option(help="Size that folder may reach.")] = 20.0,
-        embeddings: Annotated[bool, typer.Option("--embeddings", help="Include embeddings and unembedding.")] = False,
-        fused: Fused = False,
-        orientation: Orientation = "auto",
-        allow_nonfinite: AllowNonfinite = False,
-        common: Common,
-    ) -> None:
-        """Intruder dimensions: leading singular vectors of the tuned weights that the base does not have.
-
-        Several TUNED are checkpoints of one run: each intruder is followed from one to the next.
-        """
-        several = len(tuned) > 1
-        analyse_weights(
-            "trajectory" if several else "intruders", base, tuned if several else tuned[0],
-            find_intruders, common,
-            fused=fused, orientation=orientation, allow_nonfinite=allow_nonfinite, seed=common.seed,
-            epsilon=epsilon, k=k, side=side, ranks=ranks, method=method, null_draws=null_draws, embeddings=embeddings,
-            cache=cache, cache_gb=cache_gb,
-        )  # fmt: skip
-
-    run(intruders)
-
-
-if __name__ == "__main__":
-    from finetune_lens.intruders import main
-
-    main()
+    command()
