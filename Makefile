@@ -20,6 +20,7 @@ bench: .venv/.dev
 	$(BIN)/python benchmarks/spectra.py
 	$(BIN)/python benchmarks/large.py
 	$(BIN)/python benchmarks/patching.py
+	$(BIN)/python benchmarks/grafting.py
 
 zoo: .venv/.core
 	$(BIN)/python -m finetune_lens.zoo build --all

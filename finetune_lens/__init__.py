@@ -14,18 +14,27 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 __all__ = [
     "GateFailed",
+    "Graft",
+    "Hybrid",
     "InputError",
     "ModelPair",
     "ModelSeries",
     "check_pair",
     "compare_outputs",
+    "compare_task_vectors",
+    "compress",
     "cross_patch",
     "find_intruders",
+    "graft",
+    "interpolate",
+    "join_parts",
     "load",
     "measure_updates",
     "patch",
     "plots",
+    "recovery_axis",
     "results",
+    "scale_intruders",
     "trace",
     "zoo",
 ]
@@ -33,19 +42,28 @@ __all__ = [
 # Public name → the module it lives in; a module's own name stands for itself.
 _WHERE = {
     "GateFailed": "errors",
+    "Graft": "masks",
+    "Hybrid": "hybrid",
     "InputError": "errors",
     "ModelPair": "pair",
     "ModelSeries": "pair",
     "check_pair": "check",
     "compare_outputs": "outputs",
+    "compare_task_vectors": "task_vectors",
+    "compress": "compression",
     "cross_patch": "cmap",
     "find_intruders": "intruders",
+    "graft": "grafting",
+    "interpolate": "interpolation",
+    "join_parts": "parts",
     "measure_updates": "updates",
     "load": "results",
     "patch": "patching",
     "trace": "patching",
     "plots": "plots",
+    "recovery_axis": "recovery",
     "results": "results",
+    "scale_intruders": "intruders",
     "zoo": "zoo",
 }
 
@@ -53,12 +71,20 @@ if TYPE_CHECKING:  # for editors
     from finetune_lens import plots, results, zoo
     from finetune_lens.check import check_pair
     from finetune_lens.cmap import cross_patch
+    from finetune_lens.compression import compress
     from finetune_lens.errors import GateFailed, InputError
-    from finetune_lens.intruders import find_intruders
+    from finetune_lens.grafting import graft
+    from finetune_lens.hybrid import Hybrid
+    from finetune_lens.interpolation import interpolate
+    from finetune_lens.intruders import find_intruders, scale_intruders
+    from finetune_lens.masks import Graft
     from finetune_lens.outputs import compare_outputs
     from finetune_lens.pair import ModelPair, ModelSeries
+    from finetune_lens.parts import join_parts
     from finetune_lens.patching import patch, trace
+    from finetune_lens.recovery import recovery_axis
     from finetune_lens.results import load
+    from finetune_lens.task_vectors import compare_task_vectors
     from finetune_lens.updates import measure_updates
 
 

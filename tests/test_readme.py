@@ -46,7 +46,7 @@ def test_python(clone):
     import matplotlib
 
     matplotlib.use("agg")
-    weights, models = blocks("python")
+    weights, models, hybrids = blocks("python")
     namespace = {}
     exec(weights, namespace)
     assert namespace["r"].count() == namespace["r"].count(epsilon=0.5, k=10)
@@ -55,6 +55,10 @@ def test_python(clone):
     exec(models, namespace)
     assert namespace["r"].data.sizes["direction"] == 2
     assert namespace["run"].cache.keys() == {"blocks.1.attn.hook_z"}
+    namespace = {}
+    exec(hybrids, namespace)
+    assert (clone / "runs" / "mine" / "graft.safetensors").is_file()
+    assert namespace["found"].metric == "accuracy"
     matplotlib.pyplot.close("all")
 
 

@@ -58,7 +58,7 @@ def graft(
     baselines: bool = True,
     random_seeds: int = 3,
     beside: Sequence[str | Path] = (),
-    files: Path | None = None,
+    files: str | Path | None = None,
     seed: int = 0,
     batch_size: int | None = None,
     limit: int | None = None,
@@ -112,7 +112,8 @@ def graft(
     return measured(
         pair, prompts, evaluate=dict(evaluate or {}), sparsities=sparsities, step=step, rate=rate, steps=steps,
         count=examples, objective=objective, metric=metric, baselines=baselines, random_seeds=random_seeds,
-        beside=tuple(beside), folder=files, seed=seed, batch_size=batch_size, limit=limit, device=device, dtype=dtype,
+        beside=tuple(beside), folder=None if files is None else Path(files), seed=seed, batch_size=batch_size,
+        limit=limit, device=device, dtype=dtype,
         progress=progress, partial=partial,
     )  # fmt: skip
 

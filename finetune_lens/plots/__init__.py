@@ -9,14 +9,29 @@ from typing import TYPE_CHECKING
 
 from finetune_lens.plots.attribution_against_exact import attribution_against_exact
 from finetune_lens.plots.cmap_bars import cmap_bars
+from finetune_lens.plots.compression import compression
+from finetune_lens.plots.graft_overlap import graft_overlap
+from finetune_lens.plots.graft_recovery import graft_recovery
+from finetune_lens.plots.graft_reliability import graft_reliability
+from finetune_lens.plots.graft_search import graft_search
+from finetune_lens.plots.graft_where import graft_where
+from finetune_lens.plots.interpolation_groups import interpolation_groups
+from finetune_lens.plots.interpolation_map import interpolation_map
+from finetune_lens.plots.interpolation_path import interpolation_path
+from finetune_lens.plots.interpolation_sharpness import interpolation_sharpness
+from finetune_lens.plots.interpolation_splits import interpolation_splits
 from finetune_lens.plots.intruder_counts import intruder_counts
 from finetune_lens.plots.intruder_map import intruder_map
+from finetune_lens.plots.intruder_scaling import intruder_scaling
 from finetune_lens.plots.outputs_lens import outputs_lens
 from finetune_lens.plots.outputs_tokens import outputs_tokens
+from finetune_lens.plots.parts import parts
 from finetune_lens.plots.patching_bars import patching_bars
 from finetune_lens.plots.patching_heatmap import patching_heatmap
+from finetune_lens.plots.recovery_axis import recovery_axis
 from finetune_lens.plots.sigma_against_cosine import sigma_against_cosine
 from finetune_lens.plots.similarity import similarity
+from finetune_lens.plots.task_vectors import task_vectors
 from finetune_lens.plots.trajectory import trajectory
 from finetune_lens.plots.update_energy import update_energy
 from finetune_lens.plots.update_map import update_map
@@ -32,15 +47,30 @@ if TYPE_CHECKING:
 __all__ = [
     "attribution_against_exact",
     "cmap_bars",
+    "compression",
     "figures_of",
+    "graft_overlap",
+    "graft_recovery",
+    "graft_reliability",
+    "graft_search",
+    "graft_where",
+    "interpolation_groups",
+    "interpolation_map",
+    "interpolation_path",
+    "interpolation_sharpness",
+    "interpolation_splits",
     "intruder_counts",
     "intruder_map",
+    "intruder_scaling",
     "outputs_lens",
     "outputs_tokens",
+    "parts",
     "patching_bars",
     "patching_heatmap",
+    "recovery_axis",
     "sigma_against_cosine",
     "similarity",
+    "task_vectors",
     "trajectory",
     "update_energy",
     "update_map",
@@ -49,6 +79,14 @@ __all__ = [
 
 # Result kind → title → function. Those of intruders and trajectories are drawn for each side.
 _FIGURES: dict[str, dict[str, Callable[..., "Axes"]]] = {
+    "compression": {"recovery": compression},
+    "grafting": {
+        "recovery": graft_recovery,
+        "where": graft_where,
+        "search": graft_search,
+        "reliability": graft_reliability,
+        "overlap": graft_overlap,
+    },
     "intruders": {
         "counts": intruder_counts,
         "map": intruder_map,
@@ -56,8 +94,19 @@ _FIGURES: dict[str, dict[str, Callable[..., "Axes"]]] = {
         "similarity_all": partial(similarity, ranks=None),
         "sigma_against_cosine": sigma_against_cosine,
     },
+    "intruder_scaling": {m: partial(intruder_scaling, metric=m) for m in ("accuracy", "logprob")},
+    "task_vectors": {"maps": task_vectors},
     "trajectory": {"steps": trajectory},
     "updates": {"spectrum": update_spectrum, "map": update_map, "energy": update_energy},
+}
+
+# Of an interpolation: title → the part that it shows, and its function.
+_INTERPOLATION = {
+    "path": ("path", interpolation_path),
+    "groups": ("scaling", interpolation_groups),
+    "map": ("scaling", interpolation_map),
+    "splits": ("splits", interpolation_splits),
+    "sharpness": ("perturbed", interpolation_sharpness),
 }
 
 
@@ -73,8 +122,20 @@ def figures_of(result: "Result") -> dict[str, Callable[[], "Figure"]]:
             for side in result.sides
             for title, function in functions.items()
         }
+    if result.kind == "grafting":
+        absent = {"reliability"} if result.data.attrs["objective"] == "text" else set()
+        absent |= set() if "shared" in result.data else {"overlap"}
+        functions = {title: function for title, function in functions.items() if title not in absent}
     if result.kind in ("patching", "cmap"):
         functions = _of_patches(result)
+    if result.kind == "interpolation":
+        functions = {title: function for title, (part, function) in _INTERPOLATION.items() if result.has(part)}
+    if result.kind == "recovery":
+        functions = {"axis": recovery_axis}
+        if len(result.units) > 1:
+            functions["units"] = partial(recovery_axis, by_unit=True)
+    if result.kind == "parts":
+        functions = {level: partial(parts, level=level) for level in result.levels if len(result.columns(level)) > 1}
     if result.kind == "outputs":
         functions = {"tokens": outputs_tokens} | ({"lens": outputs_lens} if result.has_lens else {})
     return {title: partial(_drawn, function, result) for title, function in functions.items()}

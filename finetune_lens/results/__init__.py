@@ -17,12 +17,19 @@ if TYPE_CHECKING:
 # Module of this package → its result type.
 KINDS = {
     "intruders": "Intruders",
+    "intruder_scaling": "IntruderScaling",
     "trajectory": "Trajectory",
     "updates": "Updates",
     "patching": "Patching",
     "cmap": "CrossPatching",
     "check": "Check",
     "outputs": "Outputs",
+    "interpolation": "Interpolation",
+    "grafting": "Grafting",
+    "compression": "Compression",
+    "task_vectors": "TaskVectors",
+    "recovery": "Recovery",
+    "parts": "Parts",
 }
 
 
