@@ -244,8 +244,8 @@ def together(result: "Grafting") -> list[str]:
     row = frame.loc[("this", other)]
     lines = [
         "", "## Two skills in one model", "",
-        f"Grafts of the new and of the selected skill (SGD) share {row['shared']:,} entries: {row['overlap']:.3f} of "
-        f"the latter, where chance gives {row['chance']:.3f} (p = {row['p_value']:.2g}). Put into the base together, "
+        f"Grafts of the new and of the selected skill (SGD) share {int(row['shared']):,} entries: {row['overlap']:.3f} "
+        f"of the latter, where chance gives {row['chance']:.3f} ({_p(row['p_value'])}). Put into the base together, "
         "the selected skill's values where both have one:", "",
         "| accuracy on | base | new skill's graft | both grafts |", "|---|---|---|---|",
     ]  # fmt: skip
@@ -256,6 +256,10 @@ def together(result: "Grafting") -> list[str]:
         ]
         lines.append(f"| {file} | {' | '.join(f'{v:.3f}' for v in values)} |")
     return lines
+
+
+def _p(value: float) -> str:
+    return f"p = {value:.2g}" if value > 1e-300 else "p < 1e-300"
 
 
 def _share(value: float) -> str:

@@ -301,6 +301,52 @@ def test_overlap_and_union(folder, tmp_path):
     assert table.loc["with one", "recovery"] == pytest.approx(table.loc["graft", "recovery"], rel=1e-6)
 
 
+def test_grafts_beside_are_told_apart_and_checked_first(folder, tmp_path, monkeypatch):
+    from finetune_lens.grafting import run
+
+    pair = ModelPair.load(folder / "base", folder / "tuned")
+    options = {"sparsity": 0.05, "steps": 0, "metric": "logprob", "baselines": False, "progress": False}
+    for name in ("x/a", "y/a", "this"):
+        graft(pair, folder / "fit.jsonl", files=tmp_path / name, **options)
+    paths = [tmp_path / name / "graft.safetensors" for name in ("x/a", "y/a", "this")]
+    found = graft(pair, folder / "fit.jsonl", beside=paths, **options)
+    names = [str(n) for n in found.data.graft.values]
+    assert names[0] == "this"
+    assert [n.rpartition("/")[2] for n in names] == ["this", "a", "a", "this"]
+    assert len(set(names)) == 4
+    with pytest.raises(InputError, match="given twice"):
+        graft(pair, folder / "fit.jsonl", beside=[paths[0], paths[0]], **options)
+    monkeypatch.setattr(run, "search", None)  # nothing is searched before it is known that the grafts fit
+    with pytest.raises(InputError, match="made for another base"):
+        graft(ModelPair.load(folder / "tuned", folder / "base"), folder / "fit.jsonl", beside=paths, **options)
+
+
+def test_a_replaced_graft_is_measured_anew(folder, tmp_path):
+    pair = ModelPair.load(folder / "base", folder / "tuned")
+    options = {"steps": 0, "metric": "logprob", "baselines": False, "progress": False}
+    beside, kept = tmp_path / "one" / "graft.safetensors", tmp_path / "kept"
+    values = []
+    for sparsity in (0.3, 0.01):
+        graft(pair, folder / "fit.jsonl", sparsity=sparsity, files=beside.parent, **options)
+        found = graft(pair, folder / "fit.jsonl", sparsity=0.02, beside=[beside], partial=kept, **options)
+        values.append(found.values("logprob", file="train", method="with one").mean())
+    assert values[0] != values[1]
+
+
+def test_what_was_not_measured_is_refused(folder):
+    pair = ModelPair.load(folder / "base", folder / "tuned")
+    options = {"sparsity": [0.05, 0.01], "steps": 1, "metric": "logprob", "baselines": False, "progress": False}
+    found = graft(pair, folder / "fit.jsonl", **options)
+    assert found.levels == [0.01, 0.05]
+    for call in (lambda: found.table(level=0.02), lambda: found.share(level=0.02)):
+        with pytest.raises(InputError, match=r"no search started from 0.02; there are 0.01, 0.05"):
+            call()
+    for call in (lambda: found.table(file="nope"), lambda: found.gap("nope"), lambda: found.curves("nope")):
+        with pytest.raises(InputError, match="nothing was measured on 'nope'; there are train"):
+            call()
+    assert "the last step of the search from" in found.summary()
+
+
 def test_train_and_eval_overlap_is_reported(folder):
     pair = ModelPair.load(folder / "base", folder / "tuned")
     options = {"sparsity": 0.05, "steps": 0, "metric": "logprob", "baselines": False, "progress": False}
@@ -343,6 +389,8 @@ def test_labels(folder):
         ({"step": 0.0}, "step and rate are above 0"),
         ({"metric": "kl"}, "metric is accuracy or logprob; found 'kl'"),
         ({"beside": ["nowhere.safetensors"]}, "no such graft"),
+        ({"evaluate": {"train": ["abc="]}}, "called 'train'; give held-out prompts another name"),
+        ({"seed": -1}, "seed is at least 0"),
         ({"evaluate": {"texts": ["abc=", "abd="]}}, "some files have answers and some are texts alone"),
     ],
 )

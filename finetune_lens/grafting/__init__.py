@@ -73,7 +73,8 @@ def graft(
         pair: base and tuned; the base has to run.
         prompts: the examples that the mask is trained and chosen on: JSONL file, or a list of prompts.
         evaluate: name → prompts on which it is measured: held out from the task, or of another distribution.
-        sparsity: share of the blocks' entries in the base mask; several are a sweep, a search each.
+        sparsity: share of the blocks' entries in the base mask; several are a sweep, a search each. How many entries
+            the graft itself has is an outcome.
         step: of the scores, in the norm ‖S‖ at the start; the learning rate is step / (1e-4·‖g⊙Δ‖), see `search`.
         rate: the learning rate itself (the paper's script has 1e7).
         steps: updates of the scores; the base mask is looked at before the first.
@@ -92,7 +93,7 @@ def graft(
     """
     from finetune_lens.grafting.run import measured
 
-    sparsities = tuple(float(s) for s in (sparsity if isinstance(sparsity, Sequence) else (sparsity,)))
+    sparsities = tuple(sorted(float(s) for s in ((sparsity,) if isinstance(sparsity, float | int) else sparsity)))
     for value in sparsities:
         if not 0 < value < 1:
             raise InputError(f"sparsity is a share of the entries, between 0 and 1; found {value:g}")
@@ -105,6 +106,10 @@ def graft(
     }.items():
         if value < least:
             raise InputError(f"{name} is at least {least}; found {value}")
+    if seed < 0:
+        raise InputError(f"seed is at least 0; found {seed}")
+    if "train" in (evaluate or {}):
+        raise InputError("the examples that choose the mask are called 'train'; give held-out prompts another name")
     if not step > 0 or (rate is not None and not rate > 0):
         raise InputError(f"step and rate are above 0; found {step} and {rate}")
     if metric not in (None, "accuracy", "logprob"):

@@ -1,5 +1,6 @@
 """The course of a grafting run: search, masks beside it, measurements, and where the masks lie."""
 
+import hashlib
 import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
@@ -46,8 +47,11 @@ def measured(
     device: str, dtype: str, progress: bool, partial: Path | None,
 ) -> Grafting:  # fmt: skip
     """See `graft`."""
-    others = {_short(path, beside): masks.Graft.load(path) for path in beside}
+    others = {name: masks.Graft.load(path) for name, path in _names(beside).items()}
     hybrid = Hybrid(pair, device=device, dtype=dtype)
+    for other in others.values():  # of this base, or it is said before anything is searched
+        with hybrid.at(other):
+            pass
     files, notes = _read(hybrid, prompts, evaluate, objective, limit)
     train = files["train"]
     metric = metric or ("logprob" if train.objective == "text" else "accuracy")
@@ -64,7 +68,8 @@ def measured(
     facts = {
         "analysis": "grafting", "sparsities": sparsities, "step": step, "rate": rate, "steps": steps, "count": count,
         "metric": metric, "objective": train.objective, "baselines": baselines, "random_seeds": random_seeds,
-        "seed": seed, "dtype": str(hybrid.model.dtype), "others": [str(p) for p in beside],
+        "seed": seed, "dtype": str(hybrid.model.dtype),
+        "others": [hashlib.sha256(Path(path).read_bytes()).hexdigest() for path in beside],
         "texts": {name: _identity(examples) for name, examples in (files | {"all": train}).items()},
     }  # fmt: skip
     store = Store(partial, pair.fingerprint, facts) if partial is not None and pair.fingerprint else None
@@ -92,6 +97,11 @@ def measured(
                 steps=steps, examples=count, batch_size=batch_size, seed=seed, checkpoint=begun, tick=tick,
             )  # fmt: skip
             found[value], histories[value] = result.mask, result
+            if folder is not None:
+                folder.mkdir(parents=True, exist_ok=True)
+                about = {"base": pair.base_checkpoint.source, "tuned": pair.tuned_checkpoint.source, "sparsity": value}
+                name = "graft" if len(counts) == 1 else f"graft-{value:g}"
+                hybrid.graft(result.mask, **about).save(folder / f"{name}.safetensors")
             rows["graft", value] = course.row(f"graft {value}", lambda mask=result.mask: mask, quiet=True)
         sensitivity = _sensitivity(hybrid, names, train, count, seed, batch_size)
         if baselines:
@@ -101,12 +111,6 @@ def measured(
         overlap = _overlap(found[last], others, total) if others else {}
         if others:
             rows |= _joined(course, found[last], others, last)
-    if folder is not None:
-        folder.mkdir(parents=True, exist_ok=True)
-        for value, mask in found.items():
-            name = "graft.safetensors" if len(found) == 1 else f"graft-{value:g}.safetensors"
-            about = {"base": pair.base_checkpoint.source, "tuned": pair.tuned_checkpoint.source, "sparsity": value}
-            hybrid.graft(mask, **about).save(folder / name)
     data = _dataset(
         hybrid, names, files, ends, rows, histories, update, sensitivity, where, overlap, tuple(found), random_seeds
     )
@@ -124,11 +128,19 @@ def measured(
     return Grafting(data)
 
 
-def _short(path: str | Path, among: Sequence[str | Path]) -> str:
-    """The name of a graft's file, or of its folder where all files are called alike."""
-    path = Path(path)
-    alike = len({Path(p).stem for p in among}) < len(among) or path.stem == "graft"
-    return path.resolve().parent.name if alike else path.stem
+def _names(paths: Sequence[str | Path]) -> dict[str, Path]:
+    """Graft files by the last parts of their paths, as many as tell them apart; a file called graft by its folder.
+
+    Raises:
+        InputError: one file given twice.
+    """
+    given = [Path(path).resolve() for path in paths]
+    bare = [path.parent if path.stem == "graft" else path.with_suffix("") for path in given]
+    for parts in range(1, max((len(path.parts) for path in bare), default=1) + 1):
+        names = ["/".join(path.parts[-parts:]) for path in bare]
+        if len({*names, "this"}) > len(names):
+            return dict(zip(names, given, strict=True))
+    raise InputError(f"a graft is given twice, or two in one folder cannot be told apart: {', '.join(map(str, given))}")
 
 
 def _read(
@@ -164,8 +176,6 @@ def _first(examples: Examples, index: torch.Tensor) -> Examples:
 
 
 def _identity(examples: Examples) -> str:
-    import hashlib
-
     facts = [examples.encoded.ids.tolist(), examples.encoded.answers.tolist(), examples.objective]
     return hashlib.sha256(json.dumps(facts).encode()).hexdigest()
 
@@ -233,7 +243,7 @@ def _beside(
         for method, make in makers.items():
             rows[method, value] = course.row(f"{method} {value}", make)
         drawn = [
-            course.row(f"random {value} {n}", lambda k=entries, s=n: top(at_random(hybrid, names, seed + s), k))
+            course.row(f"random {value} {n}", lambda k=entries, s=n: top(at_random(hybrid, names, seed, s), k))
             for n in range(random_seeds)
         ]
         rows["random", value] = {key: np.stack([row[key] for row in drawn]) for key in drawn[0]}
@@ -356,8 +366,8 @@ def _dataset(
                     if method == "random"
                     else agreement(row, ends["tuned"])
                 )
-            elif method == "random":
-                found = found.mean(0)
+            elif method == "random":  # the confidence of several models is that of none
+                found = found.mean(0) if key != "confidence" else np.full_like(found[0], np.nan)
             values[key][:, at[0], at[1], : found.shape[1]] = found
         counted = row["entries"] if method != "random" else row["entries"].mean(0)
         entries[at] = counted.sum()

@@ -254,13 +254,16 @@ def first_order(hybrid: Hybrid, names: Sequence[str]) -> Values:
     return stream
 
 
-def at_random(hybrid: Hybrid, names: Sequence[str], seed: int) -> Values:
+def at_random(hybrid: Hybrid, names: Sequence[str], *seeds: int) -> Values:
     """Numbers of which any are as likely as any to be the largest."""
 
     def stream() -> Iterator[tuple[str, Tensor]]:
         for name in names:
             shape = hybrid.weights[name].base.shape
-            yield name, torch.rand(shape, generator=generator(seed, "mask", name)).to(hybrid.model.device)
+            yield (
+                name,
+                torch.rand(shape, generator=generator(seeds[0], "mask", *seeds[1:], name)).to(hybrid.model.device),
+            )
 
     return stream
 

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from finetune_lens import stats
+from finetune_lens.errors import InputError
 from finetune_lens.results import Result
 from finetune_lens.results.curves import Curve
 
@@ -69,15 +70,36 @@ class Grafting(Result):
         """Entries of the mask, of all entries of the blocks."""
         return float(self._entries(method, level)) / int(self.data.attrs["entries"])
 
+    def _level(self, level: float | None) -> float:
+        """The sparsity asked for, or the largest.
+
+        Raises:
+            InputError: it was not searched.
+        """
+        if level is not None and level not in self.levels:
+            raise InputError(f"no search started from {level:g}; there are {', '.join(f'{v:g}' for v in self.levels)}")
+        return self.levels[-1] if level is None else level
+
+    def _file(self, file: str | None) -> str:
+        """The file asked for, or the first held out.
+
+        Raises:
+            InputError: it was not measured.
+        """
+        if file is not None and file not in self.files:
+            raise InputError(f"nothing was measured on {file!r}; there are {', '.join(self.files)}")
+        return self.held_out if file is None else file
+
     def _entries(self, method: str, level: float | None) -> float:
-        level = self.levels[-1] if level is None else level
+        level = self._level(level)
         return float(self.data.entries.sel(mask=method, level=level))
 
     def values(self, name: str, *, file: str, method: str, level: float | None = None) -> np.ndarray:
         """(example,) of accuracy, logprob, confidence or agreement; method may be base, tuned or blocks."""
+        file = self._file(file)
         if method in ("base", "tuned", "blocks"):
             return self.data[f"{method}_{name}"].sel(file=file).values.astype(float)
-        level = self.levels[-1] if level is None else level
+        level = self._level(level)
         return self.data[name].sel(file=file, mask=method, level=level).transpose("example").values.astype(float)
 
     def gap(self, file: str) -> dict[str, float]:
@@ -105,6 +127,10 @@ class Grafting(Result):
         return pd.DataFrame(curve, columns=["confidence", "accuracy", "examples"]), error
 
     @cached_property
+    def _gaps(self) -> dict[str, dict[str, float]]:
+        return {file: self.gap(file) for file in self.files}
+
+    @cached_property
     def _frame(self) -> "pd.DataFrame":
         import pandas as pd
 
@@ -120,7 +146,7 @@ class Grafting(Result):
         return pd.DataFrame(rows)
 
     def _row(self, file: str, method: str, level: float | None) -> dict[str, Any]:
-        whole = method == "blocks"
+        whole, gap = method == "blocks", self._gaps[file]
         metric = self.values(self.metric, file=file, method=method, level=level)
         rel, low, high = self.recovery(file=file, method=method, level=level)
         agreed = self.values("agreement", file=file, method=method, level=level)
@@ -128,7 +154,8 @@ class Grafting(Result):
             "method": "all of the blocks" if whole else method,
             "entries": int(self.data.attrs["entries"]) if whole else round(self._entries(method, level)),
             "share": 1.0 if whole else self.share(method, level),
-            "metric": float(np.nanmean(metric)), "recovery": rel, "recovery_low": low, "recovery_high": high,
+            "metric": float(np.nanmean(metric)), "base": gap["base"], "tuned": gap["tuned"],
+            "recovery": rel, "recovery_low": low, "recovery_high": high,
             "agreement": float(np.nanmean(agreed)),
             "ece": self.calibration(file=file, method=method, level=level)[1],
         }  # fmt: skip
@@ -138,16 +165,19 @@ class Grafting(Result):
         return self._frame.copy()
 
     def table(self, *, file: str | None = None, level: float | None = None) -> "pd.DataFrame":
-        """The rows of one file (the first held out) and sparsity (the last)."""
-        frame, level = self._frame, self.levels[-1] if level is None else level
-        chosen = frame[(frame["file"] == (file or self.held_out)) & ((frame["level"] == level) | frame["level"].isna())]
+        """The rows of one file (the first held out) and sparsity (the largest)."""
+        frame, level = self._frame, self._level(level)
+        chosen = frame[(frame["file"] == self._file(file)) & ((frame["level"] == level) | frame["level"].isna())]
         return chosen.drop(columns=["file", "level"]).reset_index(drop=True)
 
     def where(self, by: str = "component", *, method: str = "graft", level: float | None = None) -> "pd.DataFrame":
         """Where the mask lies, by `component`, `layer`, `matrix`: its share there, that of all entries and of ‖Δ‖²."""
-        level = self.levels[-1] if level is None else level
-        names = ["count", "delta_norm"]
-        frame = self.data[names].to_dataframe().reset_index()
+        level = self._level(level)
+        if np.isnan(self.data.entries_by_weight.sel(mask=method, level=level)).all():
+            raise InputError(
+                f"where the mask {method!r} lies was not kept; of {', '.join(self.methods)} those of one graft are"
+            )
+        frame = self.data[["count", "delta_norm"]].to_dataframe().reset_index()
         frame["entries"] = self.data.entries_by_weight.sel(mask=method, level=level).values
         frame["energy"] = frame["delta_norm"] ** 2
         sums = frame.groupby(by, sort=False)[["entries", "count", "energy"]].sum()
@@ -167,7 +197,7 @@ class Grafting(Result):
 
         if "head_entries" not in self.data:
             return pd.DataFrame(columns=["layer", "component", "head", "entries", "density", "delta_norm"])
-        level = self.levels[-1] if level is None else level
+        level = self._level(level)
         frame = self.data[["head_delta_norm"]].to_dataframe(dim_order=["matrix", "head"]).reset_index()
         frame["entries"] = self.data.head_entries.sel(level=level).transpose("matrix", "head").values.ravel()
         heads = self.data.head_delta_norm.transpose("matrix", "head").notnull().sum("head").values
@@ -207,7 +237,7 @@ class Grafting(Result):
 
     def smallest(self, target: float = 0.95, *, file: str | None = None, method: str = "graft") -> float:
         """The smallest share of entries at which Rel reaches `target`, of those tried; NaN where none does."""
-        frame = self._frame[(self._frame["file"] == (file or self.held_out)) & (self._frame["method"] == method)]
+        frame = self._frame[(self._frame["file"] == self._file(file)) & (self._frame["method"] == method)]
         reached = frame[frame["recovery"] >= target]
         return float(reached["share"].min()) if len(reached) else np.nan
 
@@ -230,7 +260,7 @@ class Grafting(Result):
 
     def curves(self, file: str | None = None) -> list[Curve]:
         """Share of entries against the metric: a curve a method, with what all of the blocks give as its end."""
-        file = file or self.held_out
+        file = self._file(file)
         base, tuned, whole = (self.values(self.metric, file=file, method=m) for m in ("base", "tuned", "blocks"))
         found = []
         for method in self.methods:
@@ -291,9 +321,10 @@ class Grafting(Result):
                 lines.append(
                     f"  {name}: {table.loc[name, 'entries']:,.0f} entries recover {_interval(table.loc[name])}"
                 )
+        ending = f", the graft from {self.levels[-1]:g}" if len(self.levels) > 1 else ""
         part = self.where("component").sort_values("share_of_mask", ascending=False).head(3)
         lines.append(
-            "where the graft lies: "
+            f"where it lies{ending}: "
             + ", ".join(
                 f"{r['component']} {r['share_of_mask']:.0%} (of all entries {r['share_of_entries']:.0%})"
                 for r in part.to_dict("records")
@@ -301,13 +332,20 @@ class Grafting(Result):
         )
         errors = {m: self.calibration(file=file, method=m)[1] for m in ("base", "tuned", "graft")}
         if not np.isnan(errors["graft"]):
-            lines.append("calibration error: " + ", ".join(f"{m} {e:.3f}" for m, e in errors.items()))
+            lines.append(f"calibration error{ending}: " + ", ".join(f"{m} {e:.3f}" for m, e in errors.items()))
         for row in self.overlap().to_dict("records"):
             if row["graft"] == "this":
                 lines.append(
                     f"overlap with {row['other']}: {row['overlap']:.3f} of it is in this graft, chance "
-                    f"{row['chance']:.3g} (p = {row['p_value']:.2g})"
+                    f"{row['chance']:.3g} ({_p(row['p_value'])})"
                 )
+        last = data.search_metric.notnull().sum("step").values - 1
+        rising = [v for v, n, best in zip(self.levels, last, data.search_best.values, strict=True) if n and n == best]
+        if rising:
+            lines.append(
+                f"the last step of the search from {', '.join(f'{v:g}' for v in rising)} was its best: more steps may "
+                "recover more, with more entries"
+            )
         if self.is_dense:
             lines.append(
                 f"warning: Δ is spread over all entries (concentration (Σ|Δ|)²/(N·ΣΔ²) = {self.concentration:.2f}; 1 "
@@ -316,6 +354,10 @@ class Grafting(Result):
             )
         lines += [str(note) for note in self.provenance.get("notes", [])]
         return "\n".join(lines)
+
+
+def _p(value: float) -> str:
+    return f"p = {value:.2g}" if value > 1e-300 else "p < 1e-300"
 
 
 def _interval(row: "pd.Series | dict[str, Any]") -> str:
