@@ -189,31 +189,9 @@ def trace(
 
 def _subjects(prompts: Sequence[Any], encoded: Any, field: str, tokenizer: Any) -> np.ndarray:
     """(example, pos): True on the tokens that hold the prompt's subject (its first mention)."""
-    found = np.zeros(tuple(encoded.ids.shape), bool)
-    for row, prompt in enumerate(prompts):
-        given = prompt.fields.get(field)
-        subject = "".join(given.split()) if isinstance(given, str) else ""
-        text, starts, ends = _spelt(encoded.ids[row, encoded.mask[row]].tolist(), tokenizer)
-        begin = text.find(subject) if subject else -1
-        if begin < 0:
-            raise InputError(
-                f"prompt {prompt.id}: expected a field {field!r} holding a part of its text; found {given!r}"
-            )
-        inside = (ends > begin) & (starts < begin + len(subject))
-        found[row, np.flatnonzero(encoded.mask[row].numpy())[inside]] = True
-    return found
+    from finetune_lens.hooked.mentions import tokens_of
 
-
-def _spelt(ids: list[int], tokenizer: Any) -> tuple[str, np.ndarray, np.ndarray]:
-    """The text of some tokens without its white space, and where in it each token begins and ends.
-
-    Read from ever longer beginnings: a token alone may lose its space, or be a part of a character.
-    """
-    read = [tokenizer.decode(ids[:end], clean_up_tokenization_spaces=False) for end in range(1, len(ids) + 1)]
-    ends = np.array([len("".join(text.rstrip("\ufffd").split())) for text in read])
-    starts = np.concatenate([[0], ends[:-1]])
-    ends += np.array([text.endswith("\ufffd") for text in read]) & (ends == starts)  # its character is still to come
-    return "".join(read[-1].split()), starts, ends
+    return np.stack([tokens_of(prompt, encoded, row, field, tokenizer) for row, prompt in enumerate(prompts)])
 
 
 def _noised(model: "HookedModel", encoded: Any, subjects: np.ndarray, noise: float, seed: int) -> Any:

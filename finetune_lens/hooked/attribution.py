@@ -55,10 +55,12 @@ def attribute(
         batch = np.arange(begin, min(begin + size, examples))
         maps = _maps(recipient, donor, patches, metric, batch, steps, torch.from_numpy(valid[batch]))
         for number, patch in enumerate(patches):
-            columns = [place.column for place in patch if place.column is not None]
-            exists = valid[batch][:, columns].all(1)
+            exists = np.ones(len(batch), bool)
+            for place in patch:
+                if place.column is not None:
+                    exists &= valid[batch, place.columns(batch)]
             sites = sorted({(place.kind, place.layer) for place in patch})
-            total = sum(_read(maps[site], [p for p in patch if (p.kind, p.layer) == site]) for site in sites)
+            total = sum(_read(maps[site], [p for p in patch if (p.kind, p.layer) == site], batch) for site in sites)
             found[number, batch] = np.where(exists, total, np.nan)
     return found
 
@@ -112,11 +114,15 @@ def _gradients(
     return {name: x.detach() for name, x in run.cache.items()}, gradients
 
 
-def _read(values: np.ndarray, places: Sequence[Place]) -> np.ndarray:
+def _read(values: np.ndarray, places: Sequence[Place], batch: np.ndarray) -> np.ndarray:
     """What some places take together from their site's map, each entry once: (example,)."""
-    chosen = np.zeros(values.shape[1:], dtype=bool)
+    chosen = np.zeros(values.shape, dtype=bool)
     for place in places:
-        column = slice(None) if place.column is None else place.column
         head = slice(None) if place.head is None else place.head
-        chosen[(head,) if place.kind == "pattern" else (column, head)[: chosen.ndim]] = True
-    return values[:, chosen].sum(1)
+        if place.kind == "pattern":
+            chosen[:, head] = True
+        elif place.column is None:
+            chosen[(slice(None), slice(None), head)[: chosen.ndim]] = True
+        else:
+            chosen[(np.arange(len(batch)), place.columns(batch), head)[: chosen.ndim]] = True
+    return np.where(chosen, values, 0).reshape(len(values), -1).sum(1)

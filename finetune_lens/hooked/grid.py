@@ -10,14 +10,16 @@ import numpy as np
 import torch
 
 from finetune_lens.errors import InputError
+from finetune_lens.hooked.mentions import column_of
 from finetune_lens.hooked.model import HookedModel
 from finetune_lens.hooked.sites import HEADS, known, parse
 from finetune_lens.hooked.sweep import Patch, Place, shape_of
 from finetune_lens.prompts import Encoded, Prompt, encode, require_alignment
 
 DIMS = ("layer", "head", "position")
-# `blocks.3.attn.hook_z[7]@-1`: head 7 of layer 3 at the last position.
-PLACE = re.compile(r"(?P<site>[\w.]+?)(?:\[(?P<head>\d+)\])?(?:@(?P<position>-?\d+))?")
+# `blocks.3.attn.hook_z[7]@-1`: head 7 of layer 3 at the last position; `…@label:first`: at a mention of a field.
+PLACE = re.compile(r"(?P<site>[\w.]+?)(?:\[(?P<head>\d+)\])?(?:@(?P<position>.+))?")
+Position = int | str  # counted from the start or (negative) the end; or a mention, `FIELD:first` (see `mentions`)
 
 
 @dataclass(frozen=True)
@@ -39,11 +41,27 @@ class Aligned:
 
     Attributes:
         positions: the label of each column: counted from the start, or (negative) from the end.
+        prompts, tokenizer: what was encoded, and by what.
     """
 
     clean: Encoded
     corrupt: Encoded | None
     positions: np.ndarray
+    prompts: Sequence[Prompt]
+    tokenizer: Any
+
+    def columns(self, position: Position) -> int | tuple[int, ...]:
+        """The column of a position; where it is a mention in the clean prompt, that of each example.
+
+        Raises:
+            InputError: a prompt does not have it.
+        """
+        if (number := whole_number(position)) is not None:
+            return self.column(number)
+        found = tuple(
+            column_of(prompt, self.clean, row, str(position), self.tokenizer) for row, prompt in enumerate(self.prompts)
+        )
+        return found[0] if len(set(found)) == 1 else found
 
     def column(self, position: int) -> int:
         """The column of a position; negative ones count from the end of prompts of one length.
@@ -109,7 +127,12 @@ def aligned(
         columns = int(clean.prompt_columns.sum(1).max())
     ragged = bool((~clean.prompt_columns[:, :columns]).any())
     labels = np.arange(columns) - (columns if align == "right" and ragged else 0)
-    return Aligned(clean, corrupt, labels)
+    return Aligned(clean, corrupt, labels, prompts, tokenizer)
+
+
+def whole_number(position: Position) -> int | None:
+    """The position as a number, if it is one."""
+    return int(position) if re.fullmatch(r"-?\d+", str(position)) else None
 
 
 def _ending_at(encoded: Encoded, columns: int) -> Encoded:
@@ -184,6 +207,8 @@ def make_grid(
 def grid_of_sets(sets: Mapping[str, Sequence[str]], where: Aligned) -> Grid:
     """One patch for each named set of places, written `blocks.3.attn.hook_z[7]@-1` (head and position optional).
 
+    A position may be a mention of a field, `@label:first`: then each example has its own.
+
     Raises:
         InputError: an empty set, or a place that cannot be read.
     """
@@ -197,10 +222,10 @@ def grid_of_sets(sets: Mapping[str, Sequence[str]], where: Aligned) -> Grid:
             if found is None:
                 raise InputError(
                     f"set {name!r}: {place!r} is no place; expected a site name with an optional [head] and @position, "
-                    "such as 'blocks.3.attn.hook_z[7]@-1'"
+                    "such as 'blocks.3.attn.hook_z[7]@-1' or '…@label:first'"
                 )
             kind, layer = parse(found["site"])
-            column = None if found["position"] is None else where.column(int(found["position"]))
+            column = None if found["position"] is None else where.columns(found["position"])
             read.append(Place(kind, layer, None if found["head"] is None else int(found["head"]), column))
         patches.append(tuple(read))
     return Grid(("set",), {"set": np.array(list(sets), dtype=object)}, patches)

@@ -33,12 +33,26 @@ TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-3, torch.float16: 5e-2, torc
 
 @dataclass(frozen=True)
 class Place:
-    """Where to patch: a kind of site at a layer, one head or all, one column or all of the prompt."""
+    """Where to patch: a kind of site at a layer, one head or all, one column (or each example's own) or the prompt."""
 
     kind: str
     layer: int
     head: int | None = None
-    column: int | None = None
+    column: int | tuple[int, ...] | None = None
+
+    def columns(self, examples: np.ndarray) -> np.ndarray:
+        """(example,): its column in each of these examples."""
+        return np.broadcast_to(self.column, len(examples)) if self.shared else np.array(self.column)[examples]
+
+    @property
+    def shared(self) -> bool:
+        """Whether its column, or all of them, is the same in every example."""
+        return not isinstance(self.column, tuple)
+
+    @property
+    def first(self) -> int:
+        """The first column that it sets in any example."""
+        return 0 if self.column is None else int(np.min(self.column))
 
 
 Patch = tuple[Place, ...]
@@ -176,7 +190,7 @@ class _Sweep:
         self.valid = (recipient.prompts.prompt_columns & donor.prompts.prompt_columns).numpy()
         size = min(batch_size or 16, examples)
         self.batches = [np.arange(i, min(i + size, examples)) for i in range(0, examples, size)]
-        starts = [min(0 if p.column is None else p.column for p in patch) for patch in self.patches]
+        starts = [min(place.first for place in patch) for patch in self.patches]
         entries = [min(map(self._joins, patch)) for patch in self.patches]
         self.units: list[np.ndarray] = []
         for start in sorted(set(starts)):
@@ -285,8 +299,11 @@ class _Batch:
 
     def exists(self, patch: int) -> np.ndarray:
         """The examples of the batch in which every place of the patch is a token of the prompt."""
-        columns = [p.column for p in self.sweep.patches[patch] if p.column is not None]
-        return np.flatnonzero(self.valid[:, columns].all(1))
+        there = np.ones(len(self.examples), bool)
+        for place in self.sweep.patches[patch]:
+            if place.column is not None:
+                there &= self.valid[np.arange(len(there)), place.columns(self.examples)]
+        return np.flatnonzero(there)
 
     def unit(self, unit: np.ndarray) -> dict[str, np.ndarray]:
         """The effects of some patches that begin at one column: metric → (patch, example)."""
@@ -388,7 +405,10 @@ class _Batch:
 
     def _targets(self, place: Place, row: int, example: int) -> np.ndarray:
         """(row, column, head, example) of all that one place sets; head −1: all at once."""
-        columns = np.array([place.column]) if place.column is not None else np.flatnonzero(self.valid[example])
+        if place.column is None:
+            columns = np.flatnonzero(self.valid[example])
+        else:
+            columns = place.columns(self.examples[[example]])
         heads = np.array([-1 if place.head is None else place.head])
         if place.kind == "pattern":
             columns = columns[:1]

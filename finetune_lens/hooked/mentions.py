@@ -1,0 +1,87 @@
+"""Where a prompt mentions what one of its fields holds.
+
+>>> parse("label:first"), parse("subject"), parse("label:2")
+(('label', 0), ('subject', -1), ('label', 2))
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from finetune_lens.errors import InputError
+from finetune_lens.prompts import Encoded, Prompt
+
+WORDS = {"first": 0, "last": -1}
+
+
+def parse(name: str) -> tuple[str, int]:
+    """`FIELD:first`, `FIELD:last` or `FIELD:N` as the field and the number of the mention; the last where none is said.
+
+    Raises:
+        InputError: not such a name.
+    """
+    field, said, which = name.partition(":")
+    number = WORDS.get(which, int(which) if which.lstrip("-").isdigit() else None) if said else -1
+    if not field or number is None:
+        raise InputError(
+            f"{name!r} is no position; expected a number such as -1, or a field of the prompts and which of its "
+            "mentions, such as label:first, label:last, label:1"
+        )
+    return field, number
+
+
+def tokens_of(prompt: Prompt, encoded: Encoded, row: int, field: str, tokenizer: Any) -> np.ndarray:
+    """(pos,): True on the tokens that hold the first mention of the field's text, whether or not they hold more.
+
+    Raises:
+        InputError: the prompt has no such field, or does not mention it.
+    """
+    begin, end = _found(prompt, encoded, row, field, tokenizer, whole=False)[0]
+    held = np.zeros(encoded.ids.shape[1], bool)
+    held[np.flatnonzero(encoded.mask[row].numpy())[begin:end]] = True
+    return held
+
+
+def column_of(prompt: Prompt, encoded: Encoded, row: int, name: str, tokenizer: Any) -> int:
+    """The column of the last token of a mention, which begins and ends where tokens do.
+
+    Raises:
+        InputError: the prompt has no such field, or fewer such mentions.
+    """
+    field, number = parse(name)
+    found = _found(prompt, encoded, row, field, tokenizer, whole=True)
+    if not -len(found) <= number < len(found):
+        raise InputError(f"prompt {prompt.id}: position {name!r} does not exist: {field!r} is mentioned {len(found)} ×")
+    return int(np.flatnonzero(encoded.mask[row].numpy())[found[number][1] - 1])
+
+
+def _found(
+    prompt: Prompt, encoded: Encoded, row: int, field: str, tokenizer: Any, *, whole: bool
+) -> Sequence[tuple[int, int]]:
+    """(first, after the last) token of every mention; `whole`: only those that begin and end with a token."""
+    given = prompt.fields.get(field)
+    wanted = "".join(given.split()) if isinstance(given, str) else ""
+    told = encoded.mask[row] & encoded.prompt_columns[row]
+    text, starts, ends = spelt(encoded.ids[row, encoded.mask[row]].tolist()[: int(told.sum())], tokenizer)
+    found, at = [], text.find(wanted) if wanted else -1
+    while at >= 0:
+        begin, end = np.flatnonzero(ends > at)[0], np.flatnonzero(starts < at + len(wanted))[-1] + 1
+        if not whole or (starts[begin] == at and ends[end - 1] == at + len(wanted)):
+            found.append((int(begin), int(end)))
+        at = text.find(wanted, at + 1)
+    if not found:
+        raise InputError(f"prompt {prompt.id}: expected a field {field!r} holding a part of its text; found {given!r}")
+    return found
+
+
+def spelt(ids: list[int], tokenizer: Any) -> tuple[str, np.ndarray, np.ndarray]:
+    """The text of some tokens without its white space, and where in it each token begins and ends.
+
+    Read from ever longer beginnings: a token alone may lose its space, or be a part of a character.
+    """
+    read = [tokenizer.decode(ids[:end], clean_up_tokenization_spaces=False) for end in range(1, len(ids) + 1)]
+    ends = np.array([len("".join(text.rstrip("\ufffd").split())) for text in read])
+    starts = np.concatenate([[0], ends[:-1]])
+    ends += np.array([text.endswith("\ufffd") for text in read]) & (ends == starts)  # its character is still to come
+    return "".join(read[-1].split()), starts, ends
