@@ -95,7 +95,7 @@ def cross_patch(
     """
     from finetune_lens.check import require_safe
     from finetune_lens.hooked.effects import Direction, Options, effects
-    from finetune_lens.hooked.grid import aligned, grid_of_sets, make_grid
+    from finetune_lens.hooked.grid import aligned, grid_of_sets, make_grid, require_same_tokens
     from finetune_lens.hooked.sweep import Side
     from finetune_lens.prompts import read_prompts
     from finetune_lens.results.cmap import CrossPatching
@@ -116,7 +116,7 @@ def cross_patch(
         )
     reading = {"align": align, "whole": whole_answer, "template": template == "each", "need_answer": metric != "kl"}
     where = aligned(items, base.require_tokenizer(), corrupted=False, **reading)
-    _require_same_tokens(where, aligned(items, tuned.require_tokenizer(), corrupted=False, **reading), items)
+    require_same_tokens(where, aligned(items, tuned.require_tokenizer(), corrupted=False, **reading), items)
     grid = (
         grid_of_sets(sets, where)
         if sets is not None
@@ -146,22 +146,6 @@ def cross_patch(
     if controls:
         data = data.assign(_random(wanted, grid, where, items, order, seed, common))
     return CrossPatching(data)
-
-
-def _require_same_tokens(mine: "Aligned", theirs: "Aligned", prompts: Sequence[Any]) -> None:
-    """Raise where the two tokenizers do not read the prompts and answers alike."""
-    import torch
-
-    one, other = mine.clean, theirs.clean
-    for row, prompt in enumerate(prompts):
-        pairs = ((getattr(e, name)[row] for e in (one, other)) for name in ("answers", "wrongs"))
-        if one.tokens[row] != other.tokens[row] or not all(torch.equal(*pair) for pair in pairs):
-            raise InputError(
-                f"the tokenizers of base and tuned model read prompt {prompt.id} differently: {one.tokens[row]} and "
-                f"{other.tokens[row]}; cross-model patching needs the same tokens on both sides (pass one --tokenizer)"
-            )
-    if not torch.equal(one.ids, other.ids):
-        raise InputError("the tokenizers of base and tuned model give the same tokens different ids")
 
 
 def _limit_of_itself(grid: "Grid", model: "HookedModel") -> float:

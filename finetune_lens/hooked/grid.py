@@ -130,6 +130,20 @@ def aligned(
     return Aligned(clean, corrupt, labels, prompts, tokenizer)
 
 
+def require_same_tokens(mine: Aligned, theirs: Aligned, prompts: Sequence[Prompt]) -> None:
+    """Raise InputError where the two models' tokenizers do not read the prompts and answers alike."""
+    one, other = mine.clean, theirs.clean
+    for row, prompt in enumerate(prompts):
+        pairs = ((getattr(e, name)[row] for e in (one, other)) for name in ("answers", "wrongs"))
+        if one.tokens[row] != other.tokens[row] or not all(torch.equal(*pair) for pair in pairs):
+            raise InputError(
+                f"the tokenizers of base and tuned model read prompt {prompt.id} differently: {one.tokens[row]} and "
+                f"{other.tokens[row]}; cross-model patching needs the same tokens on both sides (pass one --tokenizer)"
+            )
+    if not torch.equal(one.ids, other.ids):
+        raise InputError("the tokenizers of base and tuned model give the same tokens different ids")
+
+
 def whole_number(position: Position) -> int | None:
     """The position as a number, if it is one."""
     return int(position) if re.fullmatch(r"-?\d+", str(position)) else None

@@ -107,7 +107,7 @@ def resume(model: HookedModel, recording: Recording, rows: Rows) -> Float[Tensor
 
     Cost: each row, its columns from `start` on through the blocks from its entry on.
     """
-    return _Pass(model, recording, rows).logits()
+    return Pass(model, recording, rows).logits()
 
 
 @torch.no_grad()
@@ -131,7 +131,7 @@ def read_out(model: HookedModel, residual: Float[Tensor, "n d_model"]) -> Float[
         return model.module(inputs_embeds=inputs, use_cache=False).logits[:, 0]
 
 
-class _Pass:
+class Pass:
     """One pass up the blocks with rows joining on the way. Inside, rows are sorted by where they join."""
 
     def __init__(self, model: HookedModel, recording: Recording, rows: Rows):
@@ -298,7 +298,7 @@ class _Prefix:
     is_sliding = ()
     layers = ()
 
-    def __init__(self, around: _Pass):
+    def __init__(self, around: Pass):
         self._pass = around
 
     def update(self, keys: Tensor, values: Tensor, layer: int, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:

@@ -89,7 +89,7 @@ class Swept:
     notes: list[str] = field(default_factory=list)
 
 
-class _Astray(Exception):
+class Astray(Exception):
     """Re-entry does not reproduce the full run of this model."""
 
 
@@ -123,7 +123,7 @@ def sweep(
     require_places(recipient.model, donor.model, patches)
     try:
         return _Sweep(recipient, donor, patches, batch_size, full, partial, arguments or {}).run(progress, label)
-    except _Astray as reason:
+    except Astray as reason:
         swept = _Sweep(recipient, donor, patches, batch_size, True, partial, arguments or {}).run(progress, label)
         swept.notes.append(f"re-entry was not used: {reason}; every patch was one full forward pass")
         return swept
@@ -163,14 +163,14 @@ def shape_of(model: HookedModel, kind: str, layer: int) -> tuple[int, ...]:
 
 
 @contextmanager
-def _reentering(model: HookedModel) -> Iterator[None]:
+def reentering(model: HookedModel) -> Iterator[None]:
     """Within: whatever an architecture raises when it is recorded or re-entered says that it cannot be."""
     try:
         yield
     except (torch.OutOfMemoryError, InputError):
         raise
     except (TypeError, ValueError, NotImplementedError, AttributeError, RuntimeError, IndexError) as error:
-        raise _Astray(f"{type(model.module).__name__} cannot be re-entered ({error})") from error
+        raise Astray(f"{type(model.module).__name__} cannot be re-entered ({error})") from error
 
 
 class _Sweep:
@@ -198,14 +198,14 @@ class _Sweep:
             each = max(1, UNIT // size)
             self.units += [np.array(group[i : i + each]) for i in range(0, len(group), each)]
         self.starts, self.entries = starts, entries
-        self.budget = _tokens_at_once(recipient.model, columns)
+        self.budget = tokens_at_once(recipient.model, columns)
         self.deviation = 0.0
         self.store = None
         if partial is not None:
             from finetune_lens.stream import Store
 
             facts = {"batch": size, "patches": repr(self.patches), "unit": UNIT}
-            facts |= {"recipient": _hash(recipient.prompts), "donor": _hash(donor.prompts)}
+            facts |= {"recipient": hash_of(recipient.prompts), "donor": hash_of(donor.prompts)}
             analysis = arguments.get("analysis", "sweep") + ("-full" if full else "")  # each has its own folder
             self.store = Store(partial, "", {"arguments": arguments, "analysis": analysis} | facts)
 
@@ -286,7 +286,7 @@ class _Batch:
         ids, mask, read_at = self.prompts.ids, self.prompts.mask, self.prompts.read_at
         if self.sweep.full:
             return self.model.run(ids, mask=mask, edits=self.own_edits, logits_at=read_at).logits
-        with _reentering(self.model):
+        with reentering(self.model):
             self.recording: Recording = record(self.model, ids, mask, read_at, edits=self.own_edits)
         return self.recording.logits
 
@@ -341,10 +341,11 @@ class _Batch:
             start, torch.tensor(example), torch.tensor(entry), torch.tensor(behind),
             self._changes([(self.sweep.patches[unit[at]], row, e) for row, (at, e) in enumerate(chunk)]),
         )  # fmt: skip
-        with _reentering(self.model):
+        with reentering(self.model):
             logits = resume(self.model, self.recording, rows)
         patched, unpatched = logits[: len(chunk)], logits[len(chunk) :]
-        self._compare(unpatched, self.recording.logits[here])
+        found = deviation_of(unpatched, self.recording.logits[here], self.model)
+        self.sweep.deviation = max(self.sweep.deviation, found)
         beside = torch.tensor([here.index(e) for _, e in chunk])
         scored = self._scored(patched, example[: len(chunk)], unpatched, beside)
         plain = self._scored(unpatched, here, unpatched)
@@ -352,19 +353,6 @@ class _Batch:
             name: (values - plain[name][beside.to(values.device)]).double().cpu().numpy()
             for name, values in scored.items()
         }
-
-    def _compare(self, unpatched: Tensor, recorded: Tensor) -> None:
-        finite = torch.isfinite(recorded)
-        if not finite.any():
-            return
-        difference = float((unpatched - recorded)[finite].abs().max())
-        limit = TOLERANCE[recorded.dtype] * max(1.0, float(recorded[finite].abs().max()))
-        if not difference <= limit:
-            raise _Astray(
-                f"an unpatched row differs from the full run of {self.model.name} by {difference:.2g}, "
-                f"more than {limit:.2g}"
-            )
-        self.sweep.deviation = max(self.sweep.deviation, difference)
 
     def unit_in_full(self, unit: np.ndarray) -> dict[str, np.ndarray]:
         """The same effects, by one forward pass a patch over the whole batch."""
@@ -433,7 +421,25 @@ class _Batch:
         return Change(row, column, head, values)
 
 
-def _hash(prompts: Encoded) -> str:
+def deviation_of(unpatched: Tensor, recorded: Tensor, model: HookedModel) -> float:
+    """The largest difference of a logit between unpatched rows and the full run.
+
+    Raises:
+        Astray: it is more than rounding.
+    """
+    finite = torch.isfinite(recorded)
+    if not finite.any():
+        return 0.0
+    difference = float((unpatched - recorded)[finite].abs().max())
+    limit = TOLERANCE[recorded.dtype] * max(1.0, float(recorded[finite].abs().max()))
+    if not difference <= limit:
+        raise Astray(
+            f"an unpatched row differs from the full run of {model.name} by {difference:.2g}, more than {limit:.2g}"
+        )
+    return difference
+
+
+def hash_of(prompts: Encoded) -> str:
     """Of the tokens, where they are and what is read: prompts padded or answered otherwise are others."""
     held = (prompts.ids, prompts.mask, prompts.prompt_columns, prompts.read_at, prompts.answers, prompts.wrongs)
     digest = hashlib.sha256()
@@ -455,7 +461,7 @@ def _setting(kind: str, change: Change) -> Callable[[Tensor], Tensor]:
     return edit
 
 
-def _tokens_at_once(model: HookedModel, columns: int) -> int:
+def tokens_at_once(model: HookedModel, columns: int) -> int:
     """How many columns (rows × their length) to compute at once: what fits into free memory, and no more than helps."""
     config = model.module.config.get_text_config()
     width = config.hidden_size
