@@ -1,9 +1,10 @@
 """Where a prompt mentions what one of its fields holds.
 
->>> parse("label:first"), parse("subject"), parse("label:2")
-(('label', 0), ('subject', -1), ('label', 2))
+>>> parse("label:first"), parse("subject"), parse("label:1+2")
+(('label', 0, 0), ('subject', -1, 0), ('label', 1, 2))
 """
 
+import re
 from collections.abc import Sequence
 from typing import Any
 
@@ -12,23 +13,26 @@ import numpy as np
 from finetune_lens.errors import InputError
 from finetune_lens.prompts import Encoded, Prompt
 
-WORDS = {"first": 0, "last": -1}
+WORDS = {"first": 0, "last": -1, None: -1}
+NAME = re.compile(r"(?P<field>[^\W\d]\w*)(?::(?P<which>first|last|-?\d+))?(?P<offset>[+-]\d+)?")
 
 
-def parse(name: str) -> tuple[str, int]:
-    """`FIELD:first`, `FIELD:last` or `FIELD:N` as the field and the number of the mention; the last where none is said.
+def parse(name: str) -> tuple[str, int, int]:
+    """`FIELD:first`, `FIELD:last`, `FIELD:N`: the field and the number of the mention (the last where none is said).
+
+    The third number says how many tokens after the mention's last one: `FIELD:first+2`.
 
     Raises:
         InputError: not such a name.
     """
-    field, said, which = name.partition(":")
-    number = WORDS.get(which, int(which) if which.lstrip("-").isdigit() else None) if said else -1
-    if not field or number is None:
+    found = NAME.fullmatch(name)
+    if found is None:
         raise InputError(
             f"{name!r} is no position; expected a number such as -1, or a field of the prompts and which of its "
-            "mentions, such as label:first, label:last, label:1"
+            "mentions, such as label:first, label:last, label:1 or label:first+2 (two tokens on)"
         )
-    return field, number
+    which = found["which"]
+    return found["field"], WORDS[which] if which in WORDS else int(which), int(found["offset"] or 0)
 
 
 def tokens_of(prompt: Prompt, encoded: Encoded, row: int, field: str, tokenizer: Any) -> np.ndarray:
@@ -44,16 +48,20 @@ def tokens_of(prompt: Prompt, encoded: Encoded, row: int, field: str, tokenizer:
 
 
 def column_of(prompt: Prompt, encoded: Encoded, row: int, name: str, tokenizer: Any) -> int:
-    """The column of the last token of a mention, which begins and ends where tokens do.
+    """The column of the last token of a mention (or of one so many tokens on), which begins and ends where tokens do.
 
     Raises:
         InputError: the prompt has no such field, or fewer such mentions.
     """
-    field, number = parse(name)
+    field, number, offset = parse(name)
     found = _found(prompt, encoded, row, field, tokenizer, whole=True)
     if not -len(found) <= number < len(found):
         raise InputError(f"prompt {prompt.id}: position {name!r} does not exist: {field!r} is mentioned {len(found)} ×")
-    return int(np.flatnonzero(encoded.mask[row].numpy())[found[number][1] - 1])
+    own = np.flatnonzero((encoded.mask[row] & encoded.prompt_columns[row]).numpy())
+    at = found[number][1] - 1 + offset
+    if not 0 <= at < len(own):
+        raise InputError(f"prompt {prompt.id}: position {name!r} lies outside the prompt, which has {len(own)} tokens")
+    return int(own[at])
 
 
 def _found(

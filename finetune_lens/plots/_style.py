@@ -39,14 +39,14 @@ def styled() -> Iterator[None]:
         yield
 
 
-def new_axes(*, width: float, height: float, columns: int = 1) -> np.ndarray:
-    """A row of axes in a new figure of that size in inches; call inside `styled`."""
+def new_axes(*, width: float, height: float, columns: int = 1, rows: int = 1) -> np.ndarray:
+    """A row of axes, or rows of them, in a new figure of that size in inches; call inside `styled`."""
     import matplotlib.pyplot as plt
 
     from finetune_lens.plots._figure import StyledFigure
 
-    _, axes = plt.subplots(1, columns, figsize=(width, height), squeeze=False, FigureClass=StyledFigure)
-    return axes[0]
+    _, axes = plt.subplots(rows, columns, figsize=(width, height), squeeze=False, FigureClass=StyledFigure)
+    return axes[0] if rows == 1 else axes
 
 
 def legend(ax: "Axes", entries: dict[str, Any], *, own: bool, columns: int, title: str | None = None) -> None:
