@@ -29,13 +29,13 @@ EXPECTED = (
     'expected {"groups": {NAME: {"position": -1, "heads": [[LAYER, HEAD], …]}}} or, as published, '
     "{NAME: [[LAYER, HEAD], …]}"
 )
-# Published name → ours, and the position in the entity-tracking prompt (arXiv 2402.14811, §3): its end, the label of
-# the box that is asked for, and where that label was told.
+# Published name → ours, the position in the entity-tracking prompt (its end, the label of the box that is asked for,
+# where that label was told), and what the group leads to (arXiv 2402.14811, §3).
 PUBLISHED = {
-    "value_fetcher": ("value_fetcher", -1),
-    "pos_transmitter": ("position_transmitter", -1),
-    "pos_detector": ("position_detector", "label:last"),
-    "struct_reader": ("structure_reader", "label:first"),
+    "value_fetcher": ("value_fetcher", -1, "the logits"),
+    "pos_transmitter": ("position_transmitter", -1, "q of value_fetcher"),
+    "pos_detector": ("position_detector", "label:last", "v of position_transmitter"),
+    "struct_reader": ("structure_reader", "label:first", "v of position_detector"),
 }
 
 
@@ -175,7 +175,9 @@ class Circuit:
                 return cls(groups, record.get("model") or {}, record.get("task") or {})
             if not isinstance(record, dict):
                 raise TypeError(f"found a {type(record).__name__}")
-            return cls(dict(_published(name, heads) for name, heads in record.items()))
+            order = sorted(record, key=lambda name: [*PUBLISHED, name].index(name))
+            steps = {PUBLISHED[name][0]: {"to": PUBLISHED[name][2]} for name in order if name in PUBLISHED}
+            return cls(dict(_published(name, record[name]) for name in order), task={"steps": steps} if steps else {})
         except InputError as error:
             raise InputError(f"{path}: {error}") from None
         except (TypeError, ValueError, AttributeError) as error:
@@ -210,7 +212,7 @@ def _read(name: str, *, position: int | str, heads: Any, scores: Any = ()) -> Gr
 
 
 def _published(name: str, heads: Any) -> tuple[str, Group]:
-    ours, position = PUBLISHED.get(name, (name, -1))
+    ours, position, _ = PUBLISHED.get(name, (name, -1, ""))
     return ours, _named(name, position, _heads(heads), ())
 
 
