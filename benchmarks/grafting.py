@@ -111,13 +111,14 @@ def grafting(folder: Path, examples: "object", options: argparse.Namespace) -> "
     """A function that makes one step of grafting, with its evaluation."""
     from finetune_lens import ModelPair
     from finetune_lens.evaluation import measure
-    from finetune_lens.grafting.search import Search, magnitudes, top
+    from finetune_lens.grafting.search import Search, magnitudes
     from finetune_lens.hybrid import Hybrid
+    from finetune_lens.linalg.selection import largest
 
     hybrid = Hybrid(ModelPair.load(folder / "base", folder / "tuned"), device=options.device)
     names = hybrid.names(outside=False)
     total = sum(hybrid.weights[n].count for n in names)
-    state = Search(hybrid, names, top(magnitudes(hybrid, names), total // 10_000))
+    state = Search(hybrid, names, largest(magnitudes(hybrid, names), total // 10_000))
     every, kept = torch.arange(len(examples)), {}
 
     def step() -> None:

@@ -172,9 +172,12 @@ class _Update:
         """What decides which entries are kept, float32: |τ|, or random numbers where τ is not 0."""
         import torch
 
+        from finetune_lens.linalg import generator
+
         if kind == "largest":
             return tau.abs().float()
-        drawn = 1 - torch.rand(tau.shape, generator=_generator(self.seed, name))  # in (0, 1]
+        # the same numbers whenever the weight is read, in (0, 1]
+        drawn = 1 - torch.rand(tau.shape, generator=generator(f"{self.seed} {name}"))
         return torch.where(tau != 0, drawn.to(tau.device), 0)
 
     def cut(self, densities: Sequence[float], *, progress: bool) -> None:
@@ -237,16 +240,6 @@ class _Update:
 
 def _listed(values: Sequence[float]) -> str:
     return ", ".join(f"{v:g}" for v in values) or "none"
-
-
-def _generator(seed: int, name: str) -> "torch.Generator":
-    """The same numbers for a weight whenever it is read."""
-    import hashlib
-
-    import torch
-
-    digest = hashlib.sha256(f"{seed} {name}".encode()).digest()
-    return torch.Generator().manual_seed(int.from_bytes(digest[:8], "big") >> 1)
 
 
 def _measured(

@@ -90,10 +90,10 @@ def label_words(files: Sequence[Sequence[Prompt]]) -> tuple[str, ...]:
     """
     found = sorted({word for prompts in files for p in prompts for word in (*p.answer, *p.wrong)})
     if not 2 <= len(found) <= MOST_LABELS:
-        shown = ", ".join(map(repr, found[:5]))
+        shown = f"{len(found)}: {', '.join(map(repr, found[:5]))}{' …' * (len(found) > 5)}; score whole answers instead"
         raise InputError(
-            f"label words are the distinct answers and wrong answers, 2 to {MOST_LABELS} of them; found {len(found)}: "
-            f"{shown}{' …' * (len(found) > 5)}; score whole answers instead (objective answer)"
+            f"label words are the distinct answers and wrong answers, 2 to {MOST_LABELS} of them; found "
+            + (f"{shown} (objective answer)" if found else "none; texts without answers have the objective text")
         )
     return tuple(found)
 
@@ -149,7 +149,12 @@ def _encoded(prompts: list[Prompt], tokenizer: Any, objective: str, labels: tupl
         try:
             encoded = encode(asked, tokenizer, padding="right")
         except InputError as error:
-            raise InputError(f"label words are single tokens: {error}") from None
+            which, several, _ = str(error).partition("; take answers of one token")
+            if not several:
+                raise
+            raise InputError(
+                f"label words are single tokens: {which}; score whole answers (objective answer)"
+            ) from None
         if encoded.answers.shape[-1] < len(labels) or bool((encoded.answers < 0).any()):
             raise InputError(f"two of the label words begin with the same token: {', '.join(map(repr, labels))}")
         return encoded

@@ -22,6 +22,7 @@ Works on saved results alone: no model is run. Cost: permutations·rows·pairs, 
 (1.0, True)
 """
 
+import itertools
 import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -46,6 +47,7 @@ if TYPE_CHECKING:
 INTO_BASE = "tuned→base"
 VECTORS = ("norm", "bias")
 FEWEST = 4  # rows of which ranks are compared: of three no order is rare
+SAME_NORM = 1e-3  # relative, up to which two results may differ in ‖Δ‖ of one weight
 BLOCK = 1 << 22  # numbers held at once while permuting
 
 
@@ -92,8 +94,8 @@ def join_parts(
             f"expected two results at least, of {', '.join(given)}; found {', '.join(results) or 'none'}: there is "
             "nothing to join"
         )
-    if permutations < 1:
-        raise InputError(f"permutations are at least 1; found {permutations}")
+    if permutations < 1 or seed < 0:
+        raise InputError(f"permutations are at least 1 and seed at least 0; found {permutations} and {seed}")
     options = {"file": file, "metric": metric, "sparsity": sparsity, "permutations": permutations, "seed": seed}
     return _join(results, **options)
 
@@ -106,6 +108,7 @@ def _join(
 
     from finetune_lens.results.parts import COLUMNS, LEVELS, Parts
 
+    _require_one_update(results)
     weights = _weights(results, sparsity)
     notes: list[str] = []
     frames: dict[str, pd.DataFrame] = {}
@@ -147,6 +150,23 @@ def _join(
         "provenance": json.dumps({"analysis": "join_parts", "notes": notes}),
     }
     return Parts(xr.Dataset(data, coords, attrs))
+
+
+def _require_one_update(results: Sources) -> None:
+    """Raise where two results know a weight by different ‖Δ‖: they are of different tuned models."""
+    norms: dict[str, dict[str, float]] = {}
+    for name, data in ((name, result.data) for name, result in results.items()):
+        if "update_square" in data:
+            norms[name] = dict(zip(data["weight"].values, np.sqrt(data["update_square"].values), strict=True))
+        elif "delta_norm" in data:
+            norms[name] = dict(zip(data["matrix"].values, data["delta_norm"].values, strict=True))
+    for one, other in itertools.combinations(norms, 2):
+        for weight in (name for name in norms[one] if name in norms[other]):
+            a, b = norms[one][weight], norms[other][weight]
+            if abs(a - b) > SAME_NORM * max(a, b):
+                raise InputError(
+                    f"the results are of different models: ‖Δ‖ of {weight} is {a:.4g} by {one} and {b:.4g} by {other}"
+                )
 
 
 def _weights(results: Sources, sparsity: float | None) -> "pd.DataFrame":

@@ -43,11 +43,6 @@ if TYPE_CHECKING:
     from finetune_lens.results.recovery import Recovery
 
 INTO_BASE = "tuned→base"
-ALTERNATIVES = (
-    "one ",
-    "all but one ",
-    "half reset",
-)  # how the methods of `interpolate` begin whose points are no curve
 UNLIKE = 0.05  # of the shared examples, whose base scores may differ between two results of one model (ties that turn)
 
 
@@ -67,7 +62,7 @@ def recovery_axis(
             out. Patches of a grid give one point, the best single site: at share 1/sites, and not cumulative.
 
     Raises:
-        InputError: a result without curves, no such file, curves of one name, results of different examples.
+        InputError: a result of another kind, no such file, curves of one name, results of different examples.
     """
     if isinstance(results, Mapping):
         return _gather(Sources(results), file=file, shares=dict(shares or {}), named=True)
@@ -87,15 +82,19 @@ def _gather(results: Sources, *, file: str | None, shares: dict[str, float], nam
     for name, result in results.items():
         found, said = _curves(name, result, file, shares)
         notes += [f"{name}: {note}" for note in said]
+        if not found:
+            notes.append(f"{name} is left out: nothing was measured between base and tuned model")
         metric, ids = _metric(result, file), _ids(result, file)
         for curve in found:
             label = curve.method if not named else name if len(found) == 1 else f"{name}: {curve.method}"
             if label in curves:
                 raise InputError(f"two curves are called {label!r}; give the results names: a mapping of name → result")
             curves[label] = curve
-            listed = result.kind == "interpolation" and curve.method.startswith(ALTERNATIVES)
-            facts[label] = {"source": result.kind, "metric": metric, "ids": ids, "alternatives": listed}
+            facts[label] = {"source": result.kind, "metric": metric, "ids": ids}
+    if not curves:
+        raise InputError(f"there is no curve of recovery: {'; '.join(notes)}")
     _require_same_examples(curves, facts)
+    notes += _bases(results)
     gathered = of_curves(curves, facts)
     gathered.data.attrs["provenance"] = json.dumps({"analysis": "recovery_axis", "notes": notes})
     return gathered
@@ -113,10 +112,17 @@ def _curves(name: str, result: "Result", file: str | None, shares: dict[str, flo
     files = getattr(result, "files", [])
     if file is not None and files and file not in files:
         raise InputError(f"{name} was not measured on {file!r}; it has {', '.join(files)}")
-    found = result.curves(_file(result, file)) if files else result.curves()
-    if not found:
-        raise InputError(f"{name} has no curve of recovery: nothing was measured between base and tuned model")
-    return found, []
+    return result.curves(_file(result, file)) if files else result.curves(), []
+
+
+def _bases(results: Sources) -> list[str]:
+    """Said where the results are of several bases: of the same examples, but not of one update."""
+    sources = [result.provenance.get("inputs", {}).get("base", {}).get("source") for result in results.values()]
+    given = {str(source) for source in sources if source}
+    several = sorted(one for one in given if not any(other != one and other.endswith(one) for other in given))
+    if len(several) < 2:  # one path may be written in several ways
+        return []
+    return [f"the results are of different bases, {', '.join(several)}: their curves are not of one update"]
 
 
 def _of_patches(name: str, result: "Patching", shares: dict[str, float]) -> tuple[list[Curve], list[str]]:
@@ -261,14 +267,9 @@ def main() -> None:
 
 
 def _read_shares(path: Path | None) -> dict[str, float]:
-    if path is None:
-        return {}
-    try:
-        shares = json.loads(path.read_text())
-    except FileNotFoundError:
-        raise InputError(f"no such file: {path}") from None
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise InputError(f"{path} is not valid JSON: {error}") from None
+    from finetune_lens.command import read_json
+
+    shares = {} if path is None else read_json(path)
     numbers = isinstance(shares, dict) and all(
         isinstance(s, int | float) and not isinstance(s, bool) for s in shares.values()
     )

@@ -36,8 +36,7 @@ def interval_of_mean(
     values, lead = _by_example(values)
     ends = np.empty((2, len(values)))
     for rows in _blocks(len(values), resamples):
-        present = ~np.isnan(values[rows])
-        ends[:, rows] = _ends(_means(values[rows], present, resamples, seed), present, level)
+        ends[:, rows] = percentile_interval(resampled_means(values[rows], resamples=resamples, seed=seed), level=level)
     return ends[0].reshape(lead), ends[1].reshape(lead)
 
 
@@ -58,15 +57,69 @@ def interval_of_ratio(
     denominator = np.broadcast_to(np.asarray(denominator, dtype=np.float64), numerator.shape)
     found = np.empty((3, len(numerator)))
     for rows in _blocks(len(numerator), resamples):
-        over, under = numerator[rows], denominator[rows]
-        present = ~np.isnan(over) & ~np.isnan(under)
-        below = _means(under, present, resamples, seed)
-        low, high = _ends(below, present, level)
-        with np.errstate(all="ignore"):
-            ratio = np.where(present, over, 0).sum(1) / np.where(present, under, 0).sum(1)
-            ends = _ends(_means(over, present, resamples, seed) / below, present, level)
-        found[:, rows] = np.where(((low <= 0) & (high >= 0)) | ~np.isfinite(ratio), np.nan, [ratio, *ends])
+        options = {"resamples": resamples, "seed": seed, "level": level}
+        ratio, drawn = resampled_ratio(numerator[rows], denominator[rows], **options)
+        found[:, rows] = ratio, *percentile_interval(drawn, level=level)
     return tuple(part.reshape(lead) for part in found)
+
+
+def resampled_means(values: np.ndarray, *, resamples: int = RESAMPLES, seed: int = 0) -> np.ndarray:
+    """The mean over examples of every resample; what the intervals are taken of.
+
+    Args:
+        values: (entry, example); NaN where an example is missing.
+
+    Returns:
+        (entry, resample); NaN where no example was drawn that is there, and for all resamples of an entry with fewer
+        than two examples, or an infinite one.
+    """
+    means = np.empty((len(values), resamples))
+    present = ~np.isnan(values)
+    held = np.where(present, values, 0)
+    there = None if present.all() else present.astype(np.float64)
+    at = 0
+    with np.errstate(all="ignore"):  # infinite entries, and draws of missing examples only
+        for counts in _draws(values.shape[1], resamples, seed):
+            now = slice(at, at := at + len(counts))
+            number = values.shape[1] if there is None else there @ counts.T
+            means[:, now] = held @ counts.T / number
+    means[np.isinf(held).any(1) | (present.sum(1) < 2)] = np.nan
+    return means
+
+
+def resampled_ratio(
+    numerator: np.ndarray, denominator: np.ndarray, *, resamples: int = RESAMPLES, seed: int = 0, level: float = LEVEL
+) -> tuple[np.ndarray, np.ndarray]:
+    """A ratio of means over examples, and that of every resample: numerator and denominator are drawn together.
+
+    Args:
+        numerator, denominator: (entry, example). An example that is NaN in either is left out of both.
+
+    Returns:
+        (entry,) and (entry, resample); NaN where the interval of the denominator's mean covers 0, and in every resample
+        where fewer than two examples are there.
+    """
+    present = ~np.isnan(numerator) & ~np.isnan(denominator)
+    over, under = (np.where(present, side, np.nan) for side in (numerator, denominator))
+    below = resampled_means(under, resamples=resamples, seed=seed)
+    low, high = percentile_interval(below, level=level)
+    with np.errstate(all="ignore"):
+        ratio = np.nansum(over, axis=1) / np.nansum(under, axis=1)
+        drawn = resampled_means(over, resamples=resamples, seed=seed) / below
+    undefined = ((low <= 0) & (high >= 0)) | ~np.isfinite(ratio)
+    ratio[undefined] = drawn[undefined] = np.nan
+    return ratio, drawn
+
+
+def percentile_interval(resampled: np.ndarray, *, level: float = LEVEL) -> np.ndarray:
+    """Percentile interval of each entry, (2, entry), from its resamples (entry, resample); NaN ones do not count."""
+    ends = np.full((2, len(resampled)), np.nan)
+    usable = ~np.isnan(resampled).all(1)
+    if usable.any():
+        gaps = np.isnan(resampled[usable]).any()
+        quantile = np.nanquantile if gaps else np.quantile
+        ends[:, usable] = quantile(resampled[usable], [(1 - level) / 2, (1 + level) / 2], axis=1)
+    return ends
 
 
 def two_sided_p(values: ArrayLike, *, resamples: int = RESAMPLES, seed: int = 0) -> np.ndarray:
@@ -84,11 +137,10 @@ def two_sided_p(values: ArrayLike, *, resamples: int = RESAMPLES, seed: int = 0)
     values, lead = _by_example(values)
     p = np.empty(len(values))
     for rows in _blocks(len(values), resamples):
-        present = ~np.isnan(values[rows])
-        means = _means(values[rows], present, resamples, seed)
+        means = resampled_means(values[rows], resamples=resamples, seed=seed)
         tail = np.minimum((means <= 0).sum(1), (means >= 0).sum(1))
         drawn = (~np.isnan(means)).sum(1)
-        p[rows] = np.where((drawn == 0) | (present.sum(1) < 2), np.nan, 2 * (1 + tail) / (1 + drawn))
+        p[rows] = np.where(drawn == 0, np.nan, 2 * (1 + tail) / (1 + drawn))
     return np.minimum(p, 1).reshape(lead)
 
 
@@ -162,21 +214,6 @@ def _blocks(count: int, resamples: int) -> Iterator[slice]:
     return (slice(start, start + step) for start in range(0, count, step))
 
 
-def _means(values: np.ndarray, present: np.ndarray, resamples: int, seed: int) -> np.ndarray:
-    """Means of the resampled examples that are present, (entry, resample); NaN where none of them was drawn."""
-    means = np.empty((len(values), resamples))
-    held = np.where(present, values, 0)
-    there = None if present.all() else present.astype(np.float64)
-    at = 0
-    with np.errstate(all="ignore"):  # infinite entries, and draws of missing examples only
-        for counts in _draws(values.shape[1], resamples, seed):
-            now = slice(at, at := at + len(counts))
-            number = values.shape[1] if there is None else there @ counts.T
-            means[:, now] = held @ counts.T / number
-    means[np.isinf(held).any(1)] = np.nan
-    return means
-
-
 def _draws(examples: int, resamples: int, seed: int) -> Iterator[np.ndarray]:
     """How often each example is drawn, (resample, example), some resamples at a time; the same for one seed."""
     generator = np.random.default_rng(seed)
@@ -186,14 +223,3 @@ def _draws(examples: int, resamples: int, seed: int) -> Iterator[np.ndarray]:
         drawn = generator.integers(examples, size=(count, examples))
         drawn += examples * np.arange(count)[:, None]
         yield np.bincount(drawn.ravel(), minlength=count * examples).reshape(count, examples).astype(np.float64)
-
-
-def _ends(resampled: np.ndarray, present: np.ndarray, level: float) -> np.ndarray:
-    """Percentile interval of each entry, (2, entry)."""
-    ends = np.full((2, len(resampled)), np.nan)
-    usable = (present.sum(1) > 1) & ~np.isnan(resampled).all(1)
-    if usable.any():
-        gaps = np.isnan(resampled[usable]).any()
-        quantile = np.nanquantile if gaps else np.quantile
-        ends[:, usable] = quantile(resampled[usable], [(1 - level) / 2, (1 + level) / 2], axis=1)
-    return ends

@@ -239,6 +239,21 @@ def test_a_file_in_the_way_is_one_error(pair_files, tmp_path, monkeypatch, capsy
     assert "Traceback" not in errors
 
 
+def test_a_seed_below_zero_is_one_error(pair_files, tmp_path, monkeypatch, capsys):
+    assert command(intruders, *pair_files, "--seed", "-1", "--out", tmp_path / "o", monkeypatch=monkeypatch) == 2
+    assert "'--seed'" in capsys.readouterr().err
+    assert not (tmp_path / "o").exists()
+
+
+def test_an_error_without_a_file_has_no_place(pair_files, tmp_path, monkeypatch, capsys):
+    def full(*_, **__):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(updates, "measure_updates", full)
+    assert command(updates, *pair_files, "--out", tmp_path / "o", "--quiet", monkeypatch=monkeypatch) == 2
+    assert capsys.readouterr().err == "error: No space left on device\n"
+
+
 def test_odd_tensors(tmp_path, monkeypatch, capsys):
     """A number (CLIP's logit_scale), vectors alone, a matrix without rows."""
     pair = tmp_path / "a.pt", tmp_path / "b.pt"

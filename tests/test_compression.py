@@ -277,6 +277,12 @@ def test_no_gain_is_said(tmp_path):
     plt.close("all")
 
 
+def test_one_example_has_no_interval():
+    result = made_up(half=("report",) * 8)
+    one = Compression(result.data.isel(scale=[1], example=[0]))
+    assert "0.569 bits a parameter are enough: density 0.1, α = 2 recover 0.99\n" in one.summary() + "\n"
+
+
 def test_the_pair_that_ships():
     """Ternary updates recover the task at a sixteenth of the bits; the same entries with their values do not."""
     pair = fl.ModelPair.load(STRINGS / "base", STRINGS / "full")

@@ -125,6 +125,10 @@ def test_bad_input(model):
         read_examples(good, t, objective="guess")
     with pytest.raises(InputError, match=r"label words are single tokens: .*'kdbfag' is 6 tokens"):
         read_examples([{"prompt": "abc=", "answer": "kdbfag"}], t, objective="labels", labels=("a", "kdbfag"))
+    with pytest.raises(InputError, match=r"^prompt 1: the tokenizer has no token for 'é'"):  # no matter of the labels
+        read_examples([{"prompt": "é=", "answer": "a"}], t, objective="labels", labels=("a", "b"))
+    with pytest.raises(InputError, match="found none; texts without answers have the objective text"):
+        label_words([read_prompts(["abc=", "abd="])])
     with pytest.raises(InputError, match="'c' is no label; they are a, b"):
         read_examples([{"prompt": "abc=", "answer": "c"}], t, objective="labels", labels=("a", "b"))
     with pytest.raises(InputError, match=r"2 to 64 of them; found 1: 'a'"):

@@ -11,9 +11,10 @@ import finetune_lens as fl
 from finetune_lens import InputError, ModelPair, masks
 from finetune_lens.evaluation import add_gradient, measure, read_examples
 from finetune_lens.grafting import graft, search
-from finetune_lens.grafting.search import BIAS, Search, gradients, magnitudes, movements, top
+from finetune_lens.grafting.search import BIAS, Search, gradients, magnitudes, movements
 from finetune_lens.hooked import HookedModel
 from finetune_lens.hybrid import Hybrid
+from finetune_lens.linalg.selection import largest
 from finetune_lens.tasks import strings
 
 TOKENIZER = strings.tokenizer()
@@ -50,7 +51,7 @@ def test_the_score_update_is_autograd_through_a_dense_gamma(library, family):
     hybrid = Hybrid(two(library, family, noise(0.3)))
     names = hybrid.names(outside=False)
     examples = read_examples(rows(6), [TOKENIZER])
-    start = top(magnitudes(hybrid, names), 500)
+    start = largest(magnitudes(hybrid, names), 500)
     state = Search(hybrid, names, start, seed=5)
     for name in names:  # spread over the slope of σ, else all differences are 1e-9
         state.scores[name].mul_(12).add_(4)
@@ -167,7 +168,7 @@ def test_the_search_adds_what_helps_and_nothing_that_did_not_change(library):
     tuned_says = answers_of_the_tuned(pair)
     examples = read_examples(tuned_says, [TOKENIZER])
     options = {"metric": "logprob", "step": 3e4, "steps": 15, "examples": 99, "batch_size": None, "seed": 0}
-    found = search.search(hybrid, top(magnitudes(hybrid, names), 1), examples, examples, **options)
+    found = search.search(hybrid, largest(magnitudes(hybrid, names), 1), examples, examples, **options)
     assert masks.size(found.mask) > 5
     assert masks.shared(found.mask, changed) == masks.size(found.mask)
     assert found.history["loss"][found.best] < found.history["loss"][0]
@@ -192,7 +193,7 @@ def test_masks_beside_it_are_those_of_a_sort(library):
         (movements, lambda zero, one: (one**2 - zero**2) / 2),
     ):
         flat = torch.cat([of(*pair).reshape(-1) for pair in ends])
-        mask = top(values(hybrid, names), 777)
+        mask = largest(values(hybrid, names), 777)
         mine = torch.cat([mask[n].reshape(-1) for n in names])
         assert int(mine.sum()) == 777
         assert float(flat[mine].min()) >= float(flat[~mine].max())
@@ -232,6 +233,18 @@ def test_how_even_the_update_is(library):
     few = graft(planted(library)[0], rows(4), **options)
     assert few.concentration < 0.01
     assert "warning" not in few.summary()
+    assert f"concentration of Δ, (Σ|Δ|)²/(N·ΣΔ²): {few.concentration:.2g}; from 0.5 on" in few.summary()
+
+
+def test_of_an_adapter_it_is_said_that_all_entries_move():
+    folder, words = fl.zoo.path("strings"), "is a low-rank adapter, which moves all entries"
+    options = {"sparsity": 0.01, "steps": 0, "baselines": False, "metric": "logprob", "progress": False}
+    adapter, whole = (
+        graft(ModelPair.load(folder / "base", folder / arm), rows(4), **options) for arm in ("lora", "full")
+    )
+    assert not adapter.is_dense
+    assert words in adapter.summary()
+    assert words not in whole.summary()
 
 
 # ------------------------------------------------------------------------------------------------- what is reported
@@ -321,6 +334,40 @@ def test_grafts_beside_are_told_apart_and_checked_first(folder, tmp_path, monkey
         graft(ModelPair.load(folder / "tuned", folder / "base"), folder / "fit.jsonl", beside=paths, **options)
 
 
+def test_only_grafts_of_the_last_run_are_left(folder, tmp_path):
+    pair = ModelPair.load(folder / "base", folder / "tuned")
+    options = {"steps": 0, "metric": "logprob", "baselines": False, "progress": False, "files": tmp_path}
+    graft(pair, folder / "fit.jsonl", sparsity=[0.05, 0.1], **options)
+    (tmp_path / "graft-0.05.safetensors").rename(tmp_path / "graft-mine.safetensors")  # a name that no search leaves
+    kept = tmp_path / "graft-0.1.safetensors"
+    graft(pair, folder / "fit.jsonl", sparsity=[1e-3, 0.2], beside=[kept], **options)
+    names = {"graft-0.001.safetensors", "graft-0.2.safetensors"}
+    assert {p.name for p in tmp_path.iterdir()} == names | {"graft-mine.safetensors", kept.name}
+    before = kept.read_bytes()
+    with pytest.raises(InputError, match=r"graft-0\.1\.safetensors is to be compared with, and would be overwritten"):
+        graft(pair, folder / "fit.jsonl", sparsity=[0.05, 0.1], beside=[kept], **options)
+    assert kept.read_bytes() == before
+    graft(pair, folder / "fit.jsonl", sparsity=0.05, **options)
+    assert {p.name for p in tmp_path.iterdir()} == {"graft.safetensors", "graft-mine.safetensors"}
+
+
+def test_better_than_the_tuned_model_and_unlike_it_is_said(folder):
+    pair = ModelPair.load(folder / "base", folder / "tuned")
+    options = {"sparsity": 0.05, "steps": 1, "metric": "logprob", "baselines": False, "progress": False}
+    found = graft(pair, folder / "fit.jsonl", **options)
+    words, last = "more than the tuned model's own gain, and by other predictions", "the last step of the search"
+    assert words not in found.summary()
+    assert last in found.summary()
+    tuned = found.values("logprob", file="train", method="tuned")
+    for agreed, said in ((0.5, True), (0.95, False)):
+        data = found.data.copy(deep=True)
+        data["logprob"][:] = tuned + 1
+        data["search_metric"][:] = tuned.mean() + 1  # there is nothing more to recover
+        data["agreement"][:] = agreed
+        assert (words in fl.results.grafting.Grafting(data).summary()) == said
+        assert last not in fl.results.grafting.Grafting(data).summary()
+
+
 def test_a_replaced_graft_is_measured_anew(folder, tmp_path):
     pair = ModelPair.load(folder / "base", folder / "tuned")
     options = {"steps": 0, "metric": "logprob", "baselines": False, "progress": False}
@@ -347,6 +394,21 @@ def test_what_was_not_measured_is_refused(folder):
     assert "the last step of the search from" in found.summary()
 
 
+def test_every_file_is_told(folder):
+    pair = ModelPair.load(folder / "base", folder / "tuned")
+    other = [{"prompt": "<copy>abc=", "answer": "abc"}, {"prompt": "<copy>abd=", "answer": "abd"}]
+    found = graft(
+        pair, folder / "fit.jsonl", evaluate={"test": folder / "test.jsonl", "elsewhere": other}, sparsity=0.05,
+        steps=0, metric="logprob", baselines=False, progress=False,
+    )  # fmt: skip
+    (line,) = (line for line in found.summary().splitlines() if line.startswith("on elsewhere"))
+    base, tuned, mine = (
+        np.nanmean(found.values("logprob", file="elsewhere", method=m)) for m in ("base", "tuned", "graft")
+    )
+    assert line.startswith(f"on elsewhere: base {base:.3g}, tuned {tuned:.3g}, graft {mine:.3g}, recovery ")
+    assert "on test" in found.summary().splitlines()[0]
+
+
 def test_train_and_eval_overlap_is_reported(folder):
     pair = ModelPair.load(folder / "base", folder / "tuned")
     options = {"sparsity": 0.05, "steps": 0, "metric": "logprob", "baselines": False, "progress": False}
@@ -362,7 +424,7 @@ def test_no_gain_is_said(folder):
     options = {"sparsity": 0.05, "steps": 0, "progress": False}
     found = graft(pair, folder / "fit.jsonl", evaluate={"nonsense": nonsense}, **options)
     assert np.isnan(found.recovery(file="nonsense")[0])
-    assert "base and tuned model do not differ here: recovery is undefined" in found.summary()
+    assert "the interval covers 0: recovery is undefined" in found.summary()
     json.dumps(found.headline(), allow_nan=False)
 
 
@@ -373,8 +435,9 @@ def test_labels(folder):
     curve, error = found.calibration(file="train", method="graft")
     assert curve["examples"].sum() == 16
     assert 0 <= error <= 1
-    with pytest.raises(InputError, match="label words are single tokens"):
-        graft(pair, [{"prompt": "ab=", "answer": "xyz"}, {"prompt": "ac=", "answer": "b"}], objective="labels")
+    several = [{"prompt": "ab=", "answer": "xyz"}, {"prompt": "ac=", "answer": "b"}]
+    with pytest.raises(InputError, match=r"label words are single tokens: .* is 3 tokens.*\(objective answer\)$"):
+        graft(pair, several, objective="labels")
 
 
 @pytest.mark.parametrize(
@@ -391,7 +454,7 @@ def test_labels(folder):
         ({"beside": ["nowhere.safetensors"]}, "no such graft"),
         ({"evaluate": {"train": ["abc="]}}, "called 'train'; give held-out prompts another name"),
         ({"seed": -1}, "seed is at least 0"),
-        ({"evaluate": {"texts": ["abc=", "abd="]}}, "some files have answers and some are texts alone"),
+        ({"evaluate": {"texts": ["abc=", "abd="]}}, r"texts alone \(train answer, texts text\)"),
     ],
 )
 def test_bad_options(folder, options, message):
@@ -400,9 +463,25 @@ def test_bad_options(folder, options, message):
         graft(pair, folder / "fit.jsonl", progress=False, **options)
 
 
-def test_two_copies_have_nothing_to_graft(folder):
+def test_what_cannot_be_grafted_leaves_nothing_behind(folder, tmp_path):
+    options = {"progress": False, "partial": tmp_path / "partial", "files": tmp_path / "files"}
     with pytest.raises(InputError, match="do not differ in any weight of a block"):
-        graft(ModelPair.load(folder / "base", folder / "base"), folder / "fit.jsonl", progress=False)
+        graft(ModelPair.load(folder / "base", folder / "base"), folder / "fit.jsonl", **options)
+    broken = {
+        n: p.detach().clone()
+        for n, p in ModelPair.load(folder / "base", folder / "tuned").tuned.module.state_dict().items()
+    }
+    broken["model.layers.0.mlp.up_proj.weight"][0, 0] = float("nan")
+    with pytest.raises(InputError, match=r"layers\.0\.mlp\.up_proj holds NaN or Inf"):
+        graft(ModelPair.load(folder / "base", broken), folder / "fit.jsonl", **options)
+    assert not list(tmp_path.iterdir())
+
+
+def test_one_example_has_no_interval(folder):
+    pair = ModelPair.load(folder / "base", folder / "tuned")
+    found = graft(pair, rows(1), sparsity=0.05, steps=0, metric="logprob", progress=False)
+    assert re.search(r"difference [+−-][\d.]+\n", found.summary())
+    assert "nan" not in found.summary()
 
 
 # ------------------------------------------------------------------------------------------------- continuation

@@ -185,7 +185,18 @@ def test_equal_models_have_no_barrier_and_no_shares(library):
     assert (result.importance()[["alone", "without"]] == 0).all(axis=None)
     assert "not clear of 0: shares of it are undefined" in result.summary()
     assert "identical" in result.summary()
+    assert "nan" not in result.summary()
+    assert "best on the path at α = 0 and 20 more" in result.summary()  # all are the base
     json.dumps(result.headline(), allow_nan=False)
+
+
+def test_one_example_has_no_interval(library):
+    base = library.model("gpt2")
+    tuned = copy.deepcopy(base)
+    with torch.no_grad():
+        tuned.transformer.h[0].mlp.c_fc.weight.add_(0.1)
+    result = toy(base, tuned, PROMPTS[:1], by="layer", parts=("path", "groups", "reset"), reset_seeds=1)
+    assert "nan" not in result.summary()
 
 
 def made(loss, alphas):
@@ -339,6 +350,7 @@ def test_an_adapter_is_measured_factored(library, tmp_path):
 def test_curves(everything):
     curves = {c.method: c for c in everything.curves()}
     assert {c.unit for c in curves.values()} == {"parameters"}
+    assert {name for name, c in curves.items() if c.alternatives} == {"one layer", "all but one layer", "half reset"}
     assert list(curves) == ["interpolation", "layers swapped from above", "layers swapped from below", "one layer",
                             "all but one layer", "half reset"]  # fmt: skip
     path = curves["interpolation"]

@@ -306,6 +306,13 @@ def test_no_intruder_is_said(library, tmp_path, tokenizer):
     matplotlib.pyplot.close("all")
 
 
+def test_one_example_tells_no_difference(adapted):
+    one = {"task": PROMPTS["task"][:1]}
+    text = fl.scale_intruders(adapted, one, scales=[0, 1], **OPTIONS).summary()
+    assert "one example tells no difference" in text
+    assert "nan" not in text
+
+
 def test_differences_are_paired(adapted):
     """The table against numpy, with the bootstrap of the same draws."""
     from finetune_lens import stats

@@ -49,13 +49,13 @@ def updates(delta, base=None):
     )
 
 
-def grafting(density, *, heads=None, weights=None):
+def grafting(density, *, heads=None, weights=None, delta=np.nan):
     weights = [w for w in WEIGHTS if w[1] >= 0] if weights is None else weights
     count = np.arange(1, len(weights) + 1) * 100
     entries = np.stack([np.zeros(len(weights)), density * count])[None]
     data = {
         "entries_by_weight": (("mask", "level", "matrix"), entries), "count": ("matrix", count),
-        "sensitivity": ("matrix", 2.0 * count), "delta_norm": ("matrix", np.arange(1.0, len(weights) + 1)),
+        "sensitivity": ("matrix", 2.0 * count), "delta_norm": ("matrix", np.full(len(weights), delta)),
     }  # fmt: skip
     if heads is not None:
         data |= heads
@@ -223,6 +223,7 @@ def test_bad_input():
         ({"updates": mine, "grafting": other}, "different models"),
         ({"updates": mine, "grafting": graft, "sparsity": 0.5}, "no graft of sparsity 0.5; there are 0.01, 0.1"),
         ({"updates": mine, "grafting": graft, "permutations": 0}, "permutations are at least 1"),
+        ({"updates": mine, "grafting": graft, "seed": -1}, "seed at least 0; found 10000 and -1"),
         ({"updates": mine, "interpolation": interpolation(range(19), groups), "metric": "kl"}, "accuracy, logprob"),
         ({"updates": mine, "interpolation": interpolation(range(19), groups), "file": "no"}, "not measured on 'no'"),
         ({"updates": mine, "interpolation": interpolation(range(19), [f"h.{g}" for g in groups])}, "different models"),
@@ -233,6 +234,26 @@ def test_bad_input():
     ):  # fmt: skip
         with pytest.raises(InputError, match=words):
             fl.join_parts(**options)
+
+
+def test_results_of_two_models_are_not_joined():
+    delta = np.arange(1.0, len(WEIGHTS) + 1)
+    inner = [w for w in WEIGHTS if w[1] >= 0]
+    density = np.linspace(0, 1, len(inner))
+    of_it = {"updates": updates(delta), "grafting": grafting(density, delta=delta[1:] * 1.0005)}
+    fl.join_parts(**of_it)  # rounding makes no other model
+    other = delta[1:].copy()
+    other[2] *= 1.01
+    with pytest.raises(
+        InputError, match=r"different models: ‖Δ‖ of layers\.0\.self_attn\.v_proj is 4 by updates and 4.04"
+    ):
+        fl.join_parts(**of_it | {"grafting": grafting(density, delta=other)})
+    line = interpolation(range(19), [w[0] for w in MATRICES])
+    names = np.array([w[0] for w in WEIGHTS], dtype=object)
+    line.data = line.data.assign(update_square=("weight", delta**2)).assign_coords(weight=names)
+    fl.join_parts(updates=updates(delta), interpolation=line)
+    with pytest.raises(InputError, match="different models: ‖Δ‖"):
+        fl.join_parts(updates=updates(delta * 2), interpolation=line)
 
 
 @pytest.fixture(scope="module")
@@ -270,6 +291,14 @@ def test_figures(joined):
     axes = plots.parts(found, x="mask_density", y="alone")
     assert axes[1].get_xlabel() == "mask density"
     assert axes[1].get_ylabel() == "gained alone, log-probability (nats)"
+    crowded = dict(
+        joined, updates=updates(np.where(np.arange(len(WEIGHTS)) < 16, 1 + 1e-3 * np.arange(len(WEIGHTS)), 2))
+    )
+    ax = plots.parts(fl.join_parts(**crowded), x="delta_norm", y="alone")[1]
+    ax.figure.canvas.draw()
+    boxes = [label.get_window_extent() for label in ax.texts]
+    assert 5 < len(boxes) < 19
+    assert not any(a.overlaps(b) for a, b in itertools.combinations(boxes, 2))
     with pytest.raises(InputError, match="there is no 'patch_effect'"):
         plots.parts(found, x="patch_effect")
     plt.close("all")

@@ -1,8 +1,10 @@
 """The recovery axis against closed forms, a bootstrap in a loop, and planted curves."""
 
+import copy
 import json
 import math
 import sys
+from dataclasses import replace
 
 import matplotlib
 
@@ -147,6 +149,12 @@ def test_alternatives_are_no_curve():
     assert np.isnan(row(found, "tied").area_measured)
     assert row(found, "tied").share == 0.5
     assert "alternatives" in found.summary()
+    alone = replace(constant([0.2, 0.3, 1], [0, 1, 1]), alternatives=True)
+    found = of_curves({"each alone": alone, "a curve": constant([0.2, 0.3, 1], [0, 1, 1])})
+    assert row(found, "each alone").why == "alternatives, not a curve"
+    assert row(found, "a curve").why == ""
+    assert found.curve("each alone").alternatives
+    assert not found.curve("a curve").alternatives
 
 
 def test_methods_are_compared_on_the_examples_that_both_have():
@@ -258,6 +266,34 @@ def test_measured_results_meet_on_one_axis(measured):
     best = sites.recovery()["ratio"].sel(direction="tuned→base").max()
     assert found.to_frame().query("unit == 'sites'")["recovery"].item() == pytest.approx(float(best))
     assert found.provenance["inputs"]["1 interpolation"]["kind"] == "interpolation"
+
+
+def test_only_groups_and_halves_are_alternatives(measured):
+    found = fl.recovery_axis([fl.load(measured / "interpolation.nc")])
+    listed = {name for name in found.names if found.curve(name).alternatives}
+    assert listed == {"one layer", "all but one layer"}
+
+
+def test_a_result_without_curves_is_left_out(measured):
+    line, nothing = fl.load(measured / "interpolation.nc"), fl.load(measured / "interpolation.nc")
+    nothing.curves = lambda file: []
+    found = fl.recovery_axis({"line": line, "nothing": nothing})
+    assert found.names == [f"line: {c.method}" for c in line.curves()]
+    assert "nothing is left out: nothing was measured between base and tuned model" in found.summary()
+    with pytest.raises(InputError, match="there is no curve of recovery: nothing is left out"):
+        fl.recovery_axis({"nothing": nothing})
+
+
+def test_results_of_several_bases_are_said(measured):
+    line = fl.load(measured / "interpolation.nc")
+    for source, said in (("another/base", True), ("base/model.safetensors", False)):  # the same, from another folder
+        other = fl.load(measured / "interpolation.nc")
+        record = copy.deepcopy(other.provenance)
+        record["inputs"]["base"]["source"] = source
+        other.data.attrs["provenance"] = json.dumps(record)
+        found = fl.recovery_axis({"one": line, "other": other})
+        assert ("the results are of different bases, " in found.summary()) == said
+        assert said == ("another/base" in found.summary())
 
 
 def test_figures(measured, two):

@@ -51,6 +51,24 @@ def test_the_interval_is_that_of_a_loop_over_resamples(rng):
     assert ratio[1] == pytest.approx(values[1, both].mean() / denominator[both].mean())
 
 
+def test_resampled_means_and_ratios_are_those_of_a_loop(rng):
+    over, under = rng.normal(size=(2, 7)), rng.normal(5, 1, size=(2, 7))
+    over[1, 3] = np.nan
+    drawn = np.random.default_rng(4).integers(7, size=(50, 7))
+    options = {"resamples": 50, "seed": 4}
+    means = stats.resampled_means(over, **options)
+    ratio, ratios = stats.resampled_ratio(over, under, **options)
+    there = ~np.isnan(over)
+    for entry in range(2):
+        for n, rows in enumerate(drawn):
+            keep = rows[there[entry][rows]]
+            assert means[entry, n] == pytest.approx(over[entry, keep].mean())
+            assert ratios[entry, n] == pytest.approx(over[entry, keep].mean() / under[entry, keep].mean())
+        assert ratio[entry] == pytest.approx(np.nanmean(over[entry]) / under[entry, there[entry]].mean())
+    assert np.isnan(stats.resampled_means(np.array([[1.0, np.nan], [np.inf, 1.0]]))).all()
+    assert np.isnan(stats.resampled_ratio(over, over * 0, **options)[1]).all()
+
+
 def test_intervals_cover_the_mean_as_often_as_they_say(rng):
     values = rng.normal(1.0, 2.0, size=(2000, 50))
     low, high = interval_of_mean(values, resamples=1000)

@@ -309,6 +309,8 @@ def test_a_result_survives_the_disk_and_draws(three, tmp_path):
     assert "largest 1 %" in overlap.get_title()
     assert f"{float(result.total.jaccard_null.sel(tau=0.01)[0, 1]):.2g}" in overlap.get_title()
     assert len(cosine.patches) == int((result.total.cosine_p_adjusted.values >= 0.05).sum())
+    assert ("hatched" in cosine.get_title()) == any(len(ax.patches) for ax in (cosine, conflict, overlap))
+    assert not any(t.get_text() == "−.00" for ax in (cosine, conflict, overlap) for t in ax.texts)
     plots.task_vectors(compare(base, dict(base), dict(base)))  # nothing to show
     plt.close("all")
 

@@ -84,7 +84,8 @@ def graft(
         metric: accuracy or logprob, by which masks are chosen and Rel is taken; by default accuracy, of texts logprob.
         random_seeds: random masks whose scores are averaged.
         beside: graft files of other tasks on the same base: overlap, union.
-        files: folder in which the grafts are left as safetensors.
+        files: folder in which the grafts are left: graft.safetensors, of a sweep graft-SPARSITY.safetensors; files so
+            named that an earlier run left there are removed.
         seed: of the scores, the examples of a step, and random masks.
         partial: folder in which a search keeps its last step, and finished measurements, so that it continues.
 

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -19,14 +20,14 @@ from finetune_lens.grafting.search import (
     at_random,
     draw,
     first_order,
-    generator,
     gradients,
     magnitudes,
     movements,
     search,
-    top,
 )
 from finetune_lens.hybrid import Hybrid
+from finetune_lens.linalg import generator
+from finetune_lens.linalg.selection import largest
 from finetune_lens.prompts import read_prompts
 from finetune_lens.results.grafting import Grafting
 from finetune_lens.stream import Store, padded
@@ -36,6 +37,7 @@ if TYPE_CHECKING:
 
     from finetune_lens.pair import ModelPair
 
+LEFT = re.compile(r"graft(-[0-9.e+-]+)?\.safetensors")  # what a search leaves
 MEASURED = ("accuracy", "logprob", "confidence", "agreement")
 Row = dict[str, Any]
 
@@ -48,11 +50,17 @@ def measured(
 ) -> Grafting:  # fmt: skip
     """See `graft`."""
     others = {name: masks.Graft.load(path) for name, path in _names(beside).items()}
+    left = {} if folder is None else _left(folder, sparsities, beside)
     hybrid = Hybrid(pair, device=device, dtype=dtype)
     for other in others.values():  # of this base, or it is said before anything is searched
         with hybrid.at(other):
             pass
     files, notes = _read(hybrid, prompts, evaluate, objective, limit)
+    if any(weight.factored for weight in hybrid.weights.values()):
+        notes.append(
+            "the tuned model is a low-rank adapter, which moves all entries of the weights it adapts: localisation in "
+            "few of them is not to be expected, however even the update is"
+        )
     train = files["train"]
     metric = metric or ("logprob" if train.objective == "text" else "accuracy")
     selection = train if len(train) <= SELECTION else _first(train, draw(len(train), SELECTION, seed, 0))
@@ -65,6 +73,9 @@ def measured(
     for value, entries in counts.items():
         if not 0 < entries < total:
             raise InputError(f"sparsity {value:g} is {entries} of {total} entries; the smallest is {1 / total:.2g}")
+    update = _update(hybrid, names)
+    if not update["total"]:
+        raise InputError("base and tuned model do not differ in any weight of a block: there is nothing to graft")
     facts = {
         "analysis": "grafting", "sparsities": sparsities, "step": step, "rate": rate, "steps": steps, "count": count,
         "metric": metric, "objective": train.objective, "baselines": baselines, "random_seeds": random_seeds,
@@ -84,24 +95,20 @@ def measured(
         course.tick = tick
         ends = {"base": course.row("base", lambda: 0.0), "tuned": course.row("tuned", lambda: 1.0)}
         ends["blocks"] = course.row("blocks", lambda: dict.fromkeys(names, 1.0))
-        update = _update(hybrid, names)
-        if not update["total"]:
-            raise InputError("base and tuned model do not differ in any weight of a block: there is nothing to graft")
         rows: dict[tuple[str, float], Row] = {}
         found: dict[float, dict[str, torch.Tensor]] = {}
         histories: dict[float, Any] = {}
         for number, (value, entries) in enumerate(counts.items()):
             begun = store and store.folder / f"search-{number}.pt"
             result = search(
-                hybrid, top(magnitudes(hybrid, names), entries), train, selection, metric=metric, step=step, rate=rate,
-                steps=steps, examples=count, batch_size=batch_size, seed=seed, checkpoint=begun, tick=tick,
+                hybrid, largest(magnitudes(hybrid, names), entries), train, selection, metric=metric, step=step,
+                rate=rate, steps=steps, examples=count, batch_size=batch_size, seed=seed, checkpoint=begun, tick=tick,
             )  # fmt: skip
             found[value], histories[value] = result.mask, result
-            if folder is not None:
-                folder.mkdir(parents=True, exist_ok=True)
+            if left:
+                left[value].parent.mkdir(parents=True, exist_ok=True)
                 about = {"base": pair.base_checkpoint.source, "tuned": pair.tuned_checkpoint.source, "sparsity": value}
-                name = "graft" if len(counts) == 1 else f"graft-{value:g}"
-                hybrid.graft(result.mask, **about).save(folder / f"{name}.safetensors")
+                hybrid.graft(result.mask, **about).save(left[value])
             rows["graft", value] = course.row(f"graft {value}", lambda mask=result.mask: mask, quiet=True)
         sensitivity = _sensitivity(hybrid, names, train, count, seed, batch_size)
         if baselines:
@@ -111,6 +118,8 @@ def measured(
         overlap = _overlap(found[last], others, total) if others else {}
         if others:
             rows |= _joined(course, found[last], others, last)
+    if left:
+        _drop_earlier(folder, [*left.values(), *map(Path, beside)])
     data = _dataset(
         hybrid, names, files, ends, rows, histories, update, sensitivity, where, overlap, tuple(found), random_seeds
     )
@@ -143,6 +152,27 @@ def _names(paths: Sequence[str | Path]) -> dict[str, Path]:
     raise InputError(f"a graft is given twice, or two in one folder cannot be told apart: {', '.join(map(str, given))}")
 
 
+def _left(folder: Path, sparsities: Sequence[float], beside: Sequence[str | Path]) -> dict[float, Path]:
+    """Which file each search leaves.
+
+    Raises:
+        InputError: it is one of the grafts that are compared with.
+    """
+    names = ["graft"] if len(sparsities) == 1 else [f"graft-{value:g}" for value in sparsities]
+    found = {value: folder / f"{name}.safetensors" for value, name in zip(sparsities, names, strict=True)}
+    for path in {p.resolve() for p in found.values()} & {Path(p).resolve() for p in beside}:
+        raise InputError(f"{path} is to be compared with, and would be overwritten; leave the grafts in another folder")
+    return found
+
+
+def _drop_earlier(folder: Path, kept: Sequence[Path]) -> None:
+    """Remove the grafts that an earlier run left in the folder: its searches were others."""
+    kept = {path.resolve() for path in kept}
+    for path in folder.glob("graft*.safetensors"):
+        if LEFT.fullmatch(path.name) and path.resolve() not in kept:
+            path.unlink()
+
+
 def _read(
     hybrid: Hybrid, prompts: Any, evaluate: Mapping[str, Any], objective: str, limit: int | None
 ) -> tuple[dict[str, Examples], list[str]]:
@@ -154,7 +184,8 @@ def _read(
     files = {n: read_examples(p, tokenizers, objective=objective, labels=labels) for n, p in given.items()}
     kinds = {examples.objective for examples in files.values()}
     if len(kinds) > 1:
-        raise InputError(f"some files have answers and some are texts alone: {kinds}; name the objective")
+        said = ", ".join(f"{name} {examples.objective}" for name, examples in files.items())
+        raise InputError(f"some files have answers and some are texts alone ({said}); name one objective for all")
     notes = []
     seen = set(files["train"].texts)
     for name, examples in list(files.items())[1:]:
@@ -232,18 +263,18 @@ def _beside(
     hybrid.hold(0.0)
     with gradients(hybrid, names):
         add_gradient(hybrid.model, train, draw(len(train), count, seed, 0), batch_size=course.batch_size)
-        first = {value: top(first_order(hybrid, names), entries) for value, entries in sizes.items()}
+        first = {value: largest(first_order(hybrid, names), entries) for value, entries in sizes.items()}
     rows = {}
     for value, entries in sizes.items():
         makers: dict[str, Callable[[], Any]] = {
-            "largest |Δ|": lambda n=entries: top(magnitudes(hybrid, names), n),
+            "largest |Δ|": lambda n=entries: largest(magnitudes(hybrid, names), n),
             "largest |g⊙Δ|": lambda v=value: first[v],
-            "movement": lambda n=entries: top(movements(hybrid, names), n),
+            "movement": lambda n=entries: largest(movements(hybrid, names), n),
         }
         for method, make in makers.items():
             rows[method, value] = course.row(f"{method} {value}", make)
         drawn = [
-            course.row(f"random {value} {n}", lambda k=entries, s=n: top(at_random(hybrid, names, seed, s), k))
+            course.row(f"random {value} {n}", lambda k=entries, s=n: largest(at_random(hybrid, names, seed, s), k))
             for n in range(random_seeds)
         ]
         rows["random", value] = {key: np.stack([row[key] for row in drawn]) for key in drawn[0]}
@@ -299,7 +330,8 @@ def _sensitivity(
     for name in names:
         n = hybrid.weights[name].count
         k = n if total <= SAMPLE else max(1, round(SAMPLE * n / total))
-        places[name] = torch.arange(n) if k == n else torch.randint(n, (k,), generator=generator(seed, "sample", name))
+        drawn = generator(repr((seed, "sample", name)))
+        places[name] = torch.arange(n) if k == n else torch.randint(n, (k,), generator=drawn)
     squares = {name: torch.zeros(len(at)) for name, at in places.items()}
     sums = dict.fromkeys(names, 0.0)
     hybrid.hold(0.0)

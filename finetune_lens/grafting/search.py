@@ -4,8 +4,7 @@ Elementwise work goes block by block, so that what is between two large tensors 
 beside its forward and backward pass reads θ0, θ1, S and the gradient once each.
 """
 
-import hashlib
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -14,10 +13,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from finetune_lens.evaluation import Examples, Scores, add_gradient, measure
+from finetune_lens.evaluation import Examples, add_gradient, measure
 from finetune_lens.files import whole_file
 from finetune_lens.hybrid import Hybrid, Rule
-from finetune_lens.linalg.selection import largest
+from finetune_lens.linalg import generator
 from finetune_lens.masks import Mask, size
 
 BIAS = 10.0  # b of the paper
@@ -44,7 +43,7 @@ class Search:
     def __post_init__(self) -> None:
         for name in self.names:
             live = self.hybrid.weights[name].live.read()
-            drawn = torch.rand(live.shape, generator=generator(self.seed, "scores", name))
+            drawn = torch.rand(live.shape, generator=generator(repr((self.seed, "scores", name))))
             self.scores[name] = _stored_like(live).copy_(drawn)
 
     def soft(self) -> dict[str, Rule]:
@@ -259,30 +258,10 @@ def at_random(hybrid: Hybrid, names: Sequence[str], *seeds: int) -> Values:
 
     def stream() -> Iterator[tuple[str, Tensor]]:
         for name in names:
-            shape = hybrid.weights[name].base.shape
-            yield (
-                name,
-                torch.rand(shape, generator=generator(seeds[0], "mask", *seeds[1:], name)).to(hybrid.model.device),
-            )
+            drawn = generator(repr((seeds[0], "mask", *seeds[1:], name)))
+            yield name, torch.rand(hybrid.weights[name].base.shape, generator=drawn).to(hybrid.model.device)
 
     return stream
-
-
-def top(values: Values, count: int) -> dict[str, Tensor]:
-    """The mask of the `count` largest."""
-    return largest(values, count)
-
-
-def scored(hybrid: Hybrid, gamma: Any, files: Mapping[str, Examples], batch_size: int | None) -> dict[str, Scores]:
-    """Every file's examples at θ(γ)."""
-    model = hybrid.hold(gamma)
-    return {name: measure(model, examples, batch_size=batch_size) for name, examples in files.items()}
-
-
-def generator(seed: int, *words: object) -> torch.Generator:
-    """A stream of its own for each weight, whatever the order or number of weights."""
-    digest = hashlib.sha256(repr((seed, *words)).encode()).digest()
-    return torch.Generator().manual_seed(int.from_bytes(digest[:8], "big") >> 1)
 
 
 def blocks(*tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:

@@ -27,7 +27,6 @@ What the intruders do for the model is another question, and `finetune_lens.intr
 1
 """
 
-import hashlib
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -237,7 +236,7 @@ def _measure(
             for draw in range(null_draws):
                 cosines = linalg.null_max_cos(
                     base_values, values, shape, k=null_max_cos.shape[-1], sides=sides,
-                    generator=_generator(seed, matrix.name, NULLS[n], draw), device=device,
+                    generator=linalg.generator(repr((seed, matrix.name, NULLS[n], draw))), device=device,
                 )  # fmt: skip
                 null_max_cos[n, draw] = np.stack([cosines[s].cpu().numpy() for s in sides])
     row: Row = {
@@ -292,14 +291,6 @@ def _unchanged(p: int, block: int) -> Any:
 
     one = torch.ones(p, dtype=torch.float64)
     return Match(one, torch.arange(p), one, one, one, torch.eye(block, dtype=torch.float64))
-
-
-def _generator(seed: int, *words: object) -> "torch.Generator":
-    """A stream of its own for each matrix, null and draw, whatever the order or number of matrices."""
-    import torch
-
-    digest = hashlib.sha256(repr((seed, *words)).encode()).digest()
-    return torch.Generator().manual_seed(int.from_bytes(digest[:8], "big") >> 1)
 
 
 def _assemble(rows: "Rows", options: dict[str, Any]) -> "Intruders":

@@ -1,6 +1,7 @@
 """Decompositions that state their error, and comparison of two singular bases. Everything is float64."""
 
 from finetune_lens.linalg.cache import BasisCache, Latest, Store
+from finetune_lens.linalg.draws import generator
 from finetune_lens.linalg.exact import EPS, Basis, Decomposition, Side, decompose, place
 from finetune_lens.linalg.matching import Match, match
 from finetune_lens.linalg.routes import CERTIFIED_FROM, CERTIFIED_UP_TO, METHODS, Comparison, Method, choose, compare
@@ -33,6 +34,7 @@ __all__ = [
     "decompose",
     "effective_rank",
     "energy",
+    "generator",
     "haar",
     "low_rank_values",
     "match",

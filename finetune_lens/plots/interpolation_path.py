@@ -19,8 +19,8 @@ COLOURS = (OBSERVED, MARK, "#009E73", "#CC79A7", "#E69F00", "#56B4E9")  # one a 
 def interpolation_path(result: "Interpolation", *, axes: "Sequence[Axes] | None" = None) -> np.ndarray:
     """Accuracy and loss of θ0 + αΔ with 95 % bands, a colour a file; circle and square: base and tuned model.
 
-    Dashed in the panel of the loss: the chord between the ends; an arrow from it shows a barrier whose simultaneous
-    interval is above 0.
+    Dashed in the panel of the loss: the chord between the ends; a bar on it shows a barrier whose simultaneous interval
+    is above 0.
 
     Raises:
         InputError: the path was not measured.
@@ -53,10 +53,7 @@ def interpolation_path(result: "Interpolation", *, axes: "Sequence[Axes] | None"
                     found = barriers.loc[(file, "loss")]
                     if found["verdict"] == "barrier":
                         chord = (1 - found["alpha"]) * ends[0] + found["alpha"] * ends[1]
-                        ax.annotate(
-                            "", (found["alpha"], chord + found["excess"]), (found["alpha"], chord),
-                            arrowprops={"arrowstyle": "->", "color": colour, "lw": 0.8, "shrinkA": 0, "shrinkB": 0},
-                        )  # fmt: skip
+                        ax.vlines(found["alpha"], chord, chord + found["excess"], colors=colour, lw=2)
         for ax, label in ((accuracy, LABELS["accuracy"]), (loss, "loss (nats)")):
             for at in (0, 1):
                 ax.axvline(at, color=NULL_LINE, lw=0.5, zorder=0)

@@ -96,24 +96,31 @@ def _scatter(ax: "Axes", result: "Parts", level: str, x: str, y: str, words: dic
             ax.vlines(table[x], table[y], table[y + end], colors=colours, lw=0.8, alpha=0.6, zorder=2)
     ax.scatter(table[x], table[y], c=colours, s=16, lw=0, zorder=3)
     far = np.argsort(-(table[x].rank(pct=True) + table[y].abs().rank(pct=True)).to_numpy())
-    few = range(len(table)) if len(table) <= LABELLED else far[: LABELLED // 3]
-    labels = table["head"] if level == "head" else table.get("layer", table[level])
-    for i in few:
-        text = labels.iloc[i]
-        ax.annotate(
-            "out" if text == -1 else f"{text}", (table[x].iloc[i], table[y].iloc[i]), xytext=(3, 2),
-            textcoords="offset points", fontsize=5.5, color="0.25",
-        )  # fmt: skip
+    few = far if len(table) <= LABELLED else far[: LABELLED // 3]
     positive = table[x][table[x] > 0]
     if len(positive) == len(table) and positive.max() > 30 * positive.min():
         ax.set_xscale("log")
     ax.margins(0.08)
     ax.set(xlabel=_axis(result, x, words), ylabel=_axis(result, y, words))
+    labels = table["head"] if level == "head" else table.get("layer", table[level])
+    _label(ax, table[[x, y]].to_numpy()[few], ["out" if text == -1 else f"{text}" for text in labels.iloc[few]])
     row = result.data.sel(level=level, column=x, other=y)
     if not np.isnan(row.rho):
         ax.set_title(f"ρ = {float(row.rho):.2f}, p = {float(row.p_adjusted):.2g} adjusted".replace("-0", "−0"))
     if entries:
         ax.legend(entries.values(), entries, loc="upper left", bbox_to_anchor=(1.0, 1.02), handletextpad=0.1)
+
+
+def _label(ax: "Axes", points: np.ndarray, texts: list[str]) -> None:
+    """Texts at the points, the first ones first; none where it would stand on another."""
+    ax.autoscale_view()
+    scale = ax.figure.dpi / 72  # pixels a point of type
+    placed: list[np.ndarray] = []
+    for point, text in zip(points, texts, strict=True):
+        at = ax.transData.transform(point) / scale
+        if all((np.abs(at - other) > (3.5 * len(text) + 1, 6)).any() for other in placed):
+            placed.append(at)
+            ax.annotate(text, point, xytext=(3, 2), textcoords="offset points", fontsize=5.5, color="0.25")
 
 
 def _axis(result: "Parts", name: str, words: dict[str, str]) -> str:

@@ -49,6 +49,8 @@ def task_vectors(
         {"values": at.jaccard, "p": at.jaccard_p_adjusted, "limits": (0, most), "line": mean,
          "title": f"overlap (Jaccard), largest {100 * float(at.tau):g} %\n{stated}"},
     ]  # fmt: skip
+    if any((np.asarray(panel["p"])[off] >= FDR).any() for panel in panels):
+        panels[0]["title"] += "hatched: as by chance"
     with styled():
         if axes is None:
             axes = new_axes(width=PAGE, height=2.2, columns=3)
@@ -81,12 +83,14 @@ def _map(
     readable = 72 * PANEL / n >= 0.62 * CELL_TYPE * max(map(len, texts.values()), default=0)
     for (i, j), text in texts.items():
         light = np.dot(mesh.to_rgba(shown[i, j])[:3], (0.299, 0.587, 0.114)) > 0.5
+        behind = {}
         if np.asarray(p)[i, j] >= FDR:
+            behind = {"bbox": {"facecolor": mesh.to_rgba(shown[i, j]), "edgecolor": "none", "pad": 0.8}}
             corner = (j - 0.5, i - 0.5)
             ax.add_patch(Rectangle(corner, 1, 1, facecolor="none", edgecolor="0.6", hatch="//////", lw=0, zorder=2))
         if readable:
             ink = "black" if light else "white"
-            ax.text(j, i, text, ha="center", va="center", fontsize=CELL_TYPE, color=ink, zorder=3)
+            ax.text(j, i, text, ha="center", va="center", fontsize=CELL_TYPE, color=ink, zorder=3, **behind)
     for axis in (ax.xaxis, ax.yaxis):
         axis.set_ticks(np.arange(n + 1) - 0.5, minor=True)
     ax.grid(which="minor", color="white", lw=0.6)
@@ -101,5 +105,5 @@ def _map(
 
 def _short(value: float, decimals: int) -> str:
     """`.23`, `−.07`, `1.0`."""
-    text = f"{value:.{decimals}f}".replace("-", "−")
+    text = f"{round(float(value), decimals) + 0.0:.{decimals}f}".replace("-", "−")  # + 0.0: no −0
     return text.replace("0.", ".", 1) if text.lstrip("−").startswith("0") else text[:-1]

@@ -9,6 +9,7 @@ import numpy as np
 from finetune_lens import stats
 from finetune_lens.errors import InputError
 from finetune_lens.results import Result
+from finetune_lens.results.brackets import ends
 from finetune_lens.results.curves import Curve
 from finetune_lens.results.outputs import _aligned
 from finetune_lens.results.patching import _plain
@@ -212,14 +213,14 @@ class Compression(Result):
             f"{report} examples"
             + (f", α chosen on {choice} others" if choice else ""),
             f"{metric}: base {base:.3g}, tuned {tuned:.3g}; the update that is compressed, in full: {blocks:.3g}"
-            + ("" if np.isnan(found) else f", recovery {found:.3g} [{low:.3g}, {high:.3g}]"),
+            + ("" if np.isnan(found) else f", recovery {found:.3g}{ends(low, high)}"),
         ]  # fmt: skip
         rows = [
             [
                 r["method"], f"{r['density']:g}", "" if np.isnan(r["scale"]) else f"{r['scale']:g}",
                 f"{r['bits']:.3g}", f"{r['ratio']:.3g}×", f"{r[metric]:.3g}",
                 "" if np.isnan(r["recovery"]) else f"{r['recovery']:.3g}",
-                "" if np.isnan(r["low"]) else f"[{r['low']:.3g}, {r['high']:.3g}]",
+                ends(r["low"], r["high"]).strip(),
             ]
             for r in self.table().to_dict("records")
         ]  # fmt: skip
@@ -232,7 +233,7 @@ class Compression(Result):
                 f"no density recovers {ENOUGH:.0%} in ternary"
                 if best is None
                 else f"{best['bits']:.3g} bits a parameter are enough: density {best['density']:g}, α = "
-                f"{best['scale']:g} recover {best['recovery']:.3g} [{best['low']:.3g}, {best['high']:.3g}]"
+                f"{best['scale']:g} recover {best['recovery']:.3g}{ends(best['low'], best['high'])}"
             )
             if best is not None and len(self.scales) > 1 and best["scale"] in (self.scales[0], self.scales[-1]):
                 lines.append("that α is the end of the grid: others beyond it may do better")

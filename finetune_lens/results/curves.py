@@ -17,6 +17,7 @@ class Curve:
         base: (example,) of the base.
         tuned: (example,) of the tuned model.
         labels: one a point.
+        alternatives: no point leads to the next (each layer alone, several models at one share).
     """
 
     method: str
@@ -26,3 +27,4 @@ class Curve:
     base: np.ndarray
     tuned: np.ndarray
     labels: list[str]
+    alternatives: bool = False

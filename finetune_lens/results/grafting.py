@@ -8,12 +8,14 @@ import numpy as np
 from finetune_lens import stats
 from finetune_lens.errors import InputError
 from finetune_lens.results import Result
+from finetune_lens.results.brackets import ends
 from finetune_lens.results.curves import Curve
 
 if TYPE_CHECKING:
     import pandas as pd
 
 EVEN = 0.5  # concentration from which Δ counts as spread over all entries; that of normal numbers is 2/π = 0.64
+ALIKE = 0.9  # agreement from which a graft counts as doing what the tuned model does
 METRIC = {"accuracy": "accuracy", "logprob": "log-probability (nats)"}
 
 
@@ -300,10 +302,10 @@ class Grafting(Result):
         total = int(data.attrs["entries"])
         lines = [
             f"{METRIC[self.metric]} on {file}: base {gap['base']:.3g}, tuned {gap['tuned']:.3g}, difference "
-            f"{gap['difference']:+.3g} [{gap['low']:.3g}, {gap['high']:.3g}]"
+            f"{gap['difference']:+.3g}{ends(gap['low'], gap['high'])}"
         ]
         if gap["low"] <= 0 <= gap["high"]:
-            lines.append("  base and tuned model do not differ here: recovery is undefined")
+            lines.append("  the interval covers 0: recovery is undefined")
         whole = self._frame[(self._frame["file"] == file) & (self._frame["method"] == "all of the blocks")].iloc[0]
         lines.append(f"all {total:,} entries of the blocks recover {_interval(whole)}")
         for level in self.levels:
@@ -313,6 +315,8 @@ class Grafting(Result):
                 f"graft from the largest {level:g} of |Δ|: {row['entries']:,.0f} entries ({row['share']:.2g} of the "
                 f"blocks) recover {_interval(row)}; agreement with the tuned model {row['agreement']:.2f}"
             )
+            if row["recovery"] > 1 and row["agreement"] < ALIKE:
+                lines.append("  more than the tuned model's own gain, and by other predictions: it is not that model")
             beside = [m for m in table.index if m not in ("graft", "all of the blocks") and not m.startswith("with ")]
             if beside:
                 shown = ", ".join(f"{m} {_interval(table.loc[m])}" for m in beside)
@@ -322,6 +326,12 @@ class Grafting(Result):
                     f"  {name}: {table.loc[name, 'entries']:,.0f} entries recover {_interval(table.loc[name])}"
                 )
         ending = f", the graft from {self.levels[-1]:g}" if len(self.levels) > 1 else ""
+        for other in self.files[2:]:
+            gap, row = self._gaps[other], self.table(file=other).set_index("method").loc["graft"]
+            lines.append(
+                f"on {other}{ending}: base {gap['base']:.3g}, tuned {gap['tuned']:.3g}, graft {row['metric']:.3g}, "
+                f"recovery {_interval(row)}; agreement with the tuned model {row['agreement']:.2f}"
+            )
         part = self.where("component").sort_values("share_of_mask", ascending=False).head(3)
         lines.append(
             f"where it lies{ending}: "
@@ -340,7 +350,9 @@ class Grafting(Result):
                     f"{row['chance']:.3g} ({_p(row['p_value'])})"
                 )
         last = data.search_metric.notnull().sum("step").values - 1
-        rising = [v for v, n, best in zip(self.levels, last, data.search_best.values, strict=True) if n and n == best]
+        tuned, found = self.gap("train")["tuned"], data.search_metric.max("step").values
+        searches = zip(self.levels, last, data.search_best.values, found, strict=True)
+        rising = [v for v, n, best, metric in searches if n and n == best and metric < tuned]
         if rising:
             lines.append(
                 f"the last step of the search from {', '.join(f'{v:g}' for v in rising)} was its best: more steps may "
@@ -351,6 +363,11 @@ class Grafting(Result):
                 f"warning: Δ is spread over all entries (concentration (Σ|Δ|)²/(N·ΣΔ²) = {self.concentration:.2f}; 1 "
                 "where all moved alike, 0.64 for normal numbers, near 0 where few did): localisation in few entries is "
                 "not to be expected. So train LoRA, and AdamW, to which the paper adds an ℓ1 penalty on Δ (weight 1e-3)"
+            )
+        else:
+            lines.append(
+                f"concentration of Δ, (Σ|Δ|)²/(N·ΣΔ²): {self.concentration:.2g}; from {EVEN:g} on, localisation in few "
+                "entries would not be expected"
             )
         lines += [str(note) for note in self.provenance.get("notes", [])]
         return "\n".join(lines)
@@ -363,5 +380,4 @@ def _p(value: float) -> str:
 def _interval(row: "pd.Series | dict[str, Any]") -> str:
     if np.isnan(row["recovery"]):
         return "(undefined)"
-    ends = "" if np.isnan(row["recovery_low"]) else f" [{row['recovery_low']:.2f}, {row['recovery_high']:.2f}]"
-    return f"{row['recovery']:.2f}{ends}"
+    return f"{row['recovery']:.2f}{ends(row['recovery_low'], row['recovery_high'], '.2f')}"

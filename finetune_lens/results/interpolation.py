@@ -9,6 +9,7 @@ import numpy as np
 from finetune_lens import stats
 from finetune_lens.errors import InputError
 from finetune_lens.results import Result
+from finetune_lens.results.brackets import ends
 from finetune_lens.results.curves import Curve
 from finetune_lens.results.outputs import _aligned
 from finetune_lens.results.patching import _plain
@@ -232,10 +233,12 @@ class Interpolation(Result):
         base, tuned = self.values("ends", metric, file)
         found = []
 
-        def add(method: str, shares: Sequence[float], values: np.ndarray, labels: Sequence[str]) -> None:
+        def add(
+            method: str, shares: Sequence[float], values: np.ndarray, labels: Sequence[str], alternatives: bool = False
+        ) -> None:
             order = np.argsort(shares, kind="stable")
             shares, labels = np.asarray(shares, dtype=float)[order], [labels[i] for i in order]
-            found.append(Curve(method, "parameters", shares, values[order], base, tuned, labels))
+            found.append(Curve(method, "parameters", shares, values[order], base, tuned, labels, alternatives))
 
         if self.has("path"):
             alphas = self._ticks("path", "alpha")
@@ -252,13 +255,15 @@ class Interpolation(Result):
             groups, alphas = self._ticks("scaling", "group"), list(self._ticks("scaling", "group_alpha"))
             values, members = self.values("scaling", metric, file), self.data["group_of"].values
             shares = np.array([self.share(members == g) for g in groups])
-            add(f"one {self.by}", shares, values[:, 0, alphas.index(1.0)], list(groups))
+            add(f"one {self.by}", shares, values[:, 0, alphas.index(1.0)], list(groups), alternatives=True)
             without = [f"without {g}" for g in groups]
-            add(f"all but one {self.by}", 1 - shares, values[:, 1, alphas.index(0.0)], without)
+            all_but_one = values[:, 1, alphas.index(0.0)]
+            add(f"all but one {self.by}", 1 - shares, all_but_one, without, alternatives=True)
         if self.has("halves"):
             was = self.data["was_reset"].transpose("half", "weight").values
             labels = [f"half {i}" for i in self._ticks("halves", "half")]
-            add("half reset", [1 - self.share(row) for row in was], self.values("halves", metric, file), labels)
+            shares, values = [1 - self.share(row) for row in was], self.values("halves", metric, file)
+            add("half reset", shares, values, labels, alternatives=True)
         return found
 
     def to_frame(self) -> "pd.DataFrame":
@@ -344,7 +349,7 @@ class Interpolation(Result):
             row = gain.loc[(file, metric)]
             lines.append(
                 f"{file}, {count} examples: {metric} base {row['base']:.3g}, tuned {row['tuned']:.3g}, "
-                f"gain {row['gain']:+.3g} [{row['gain_low']:.3g}, {row['gain_high']:.3g}]"
+                f"gain {row['gain']:+.3g}{ends(row['gain_low'], row['gain_high'])}"
             )
             if row["gain_low"] <= 0 <= row["gain_high"] or np.isnan(row["gain_low"]):
                 lines.append(f"  the gain on {file} is not clear of 0: shares of it are undefined")
@@ -363,8 +368,10 @@ class Interpolation(Result):
         for file in self.files:
             part = path[(path["file"] == file) & (path["metric"] == self.main_metric(file))].dropna(subset="mean")
             if len(part):
-                best = part.loc[part["mean"].idxmax()]
-                lines.append(f"{file}: best on the path at α = {best['alpha']:g}, {_ends(best, 'mean', '')}")
+                best = part[part["mean"] == part["mean"].max()]
+                more = f" and {len(best) - 1} more" if len(best) > 1 else ""
+                best = best.loc[best["alpha"].abs().idxmin()]
+                lines.append(f"{file}: best on the path at α = {best['alpha']:g}{more}, {_ends(best, 'mean', '')}")
         for row in self.barrier().query("measure == 'loss'").to_dict("records"):
             if np.isfinite(row["barrier"]):
                 lines.append(
@@ -387,8 +394,7 @@ class Interpolation(Result):
                     r["group"],
                     *_signed(r, "alone"),
                     *_signed(r, "without"),
-                    f"{r['parameters']:.1%}",
-                    f"{r['update']:.1%}",
+                    *("–" if np.isnan(r[name]) else f"{r[name]:.1%}" for name in ("parameters", "update")),
                 ]
                 for r in rows.to_dict("records")
             ]
@@ -439,7 +445,7 @@ def _barrier(excess: np.ndarray, alphas: np.ndarray) -> dict[str, Any]:
     means = excess.mean(1)
     if np.isnan(means).any() or excess.shape[1] < 2:
         return {}
-    drawn = stats._means(excess, np.ones(excess.shape, dtype=bool), stats.RESAMPLES, 0)
+    drawn = stats.resampled_means(excess)
     error = drawn.std(1)
     moved = error > 0
     apart = np.abs(drawn - means[:, None])[moved] / error[moved, None]
@@ -465,8 +471,8 @@ def _recovery(name: str, effect: np.ndarray, gain: np.ndarray) -> dict[str, Any]
 
 
 def _ends(row: Any, name: str, prefix: str) -> str:
-    return f"{row[name]:.3g} [{row[f'{prefix}low']:.3g}, {row[f'{prefix}high']:.3g}]"
+    return f"{row[name]:.3g}{ends(row[f'{prefix}low'], row[f'{prefix}high'])}"
 
 
 def _signed(row: dict[str, Any], name: str) -> list[str]:
-    return [f"{row[name]:+.3g}", f"[{row[f'{name}_low']:.3g}, {row[f'{name}_high']:.3g}]"]
+    return [f"{row[name]:+.3g}", ends(row[f"{name}_low"], row[f"{name}_high"]).strip()]

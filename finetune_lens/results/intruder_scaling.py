@@ -8,6 +8,7 @@ import numpy as np
 from finetune_lens import stats
 from finetune_lens.errors import InputError
 from finetune_lens.results import Result
+from finetune_lens.results.brackets import ends
 from finetune_lens.results.curves import Curve
 
 if TYPE_CHECKING:
@@ -215,20 +216,20 @@ class IntruderScaling(Result):
                     at = -1 if part == "alone" else 0
                     numbers = stats.interval_of_ratio(curve.values[at] - base, tuned - base)
                     ratio, low, high = (round(float(n), 4) + 0.0 for n in numbers)  # + 0.0: no −0
-                    shown.append(f"{ratio:.2g} [{low:.2g}, {high:.2g}] ({curve.method.replace(part, '').strip()})")
+                    shown.append(f"{ratio:.2g}{ends(low, high, '.2g')} ({curve.method.replace(part, '').strip()})")
             lines.append(f"    {head}: {', '.join(shown)}")
         return lines
 
 
 def _interval(row: "pd.Series", name: str) -> str:
     value = row["difference" if name == "difference" else f"{name}_change"]
-    return "none" if np.isnan(value) else f"{value:+.3g} [{row[f'{name}_low']:+.3g}, {row[f'{name}_high']:+.3g}]"
+    return "none" if np.isnan(value) else f"{value:+.3g}{ends(row[f'{name}_low'], row[f'{name}_high'], '+.3g')}"
 
 
 def _reading(row: "pd.Series") -> str:
     """What the difference between the two changes says."""
     if np.isnan(row["difference_low"]):
-        return "nothing to compare with"
+        return "nothing to compare with" if np.isnan(row["difference"]) else "one example tells no difference"
     if row["difference_low"] <= 0 <= row["difference_high"]:
         return "no difference can be told: the interval covers 0"
     helps = "restores" if row["base"] > row["tuned"] else "helps"

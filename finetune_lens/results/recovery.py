@@ -1,7 +1,7 @@
 """The recovery axis: share moved against share of the gain recovered, of several methods."""
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
@@ -28,10 +28,9 @@ class _Resampled:
     shares: np.ndarray
     recovery: np.ndarray
     resamples: np.ndarray
-    present: np.ndarray  # (point, example)
     gain: np.ndarray  # mean, lower and upper end
     defined: bool
-    alternatives: bool  # no curve leads from one point to the next
+    alternatives: bool
 
     @property
     def weights(self) -> np.ndarray:
@@ -51,7 +50,7 @@ class _Resampled:
 
     def interval(self, numbers: np.ndarray) -> np.ndarray:
         """Of one number a resample."""
-        return stats._ends(numbers[None], self.present.all(0)[None], stats.LEVEL)[:, 0]
+        return stats.percentile_interval(numbers[None])[:, 0]
 
 
 class Recovery(Result):
@@ -89,6 +88,7 @@ class Recovery(Result):
         return Curve(
             name, str(one.unit.item()), one.share.values[points], one.value.values[points][:, keep],
             one.base.values[keep], one.tuned.values[keep], [str(x) for x in one.label.values[points]],
+            bool(one.alternatives),
         )  # fmt: skip
 
     def examples(self, name: str) -> list[str]:
@@ -104,10 +104,7 @@ class Recovery(Result):
 
     @cached_property
     def _resampled(self) -> dict[str, _Resampled]:
-        return {name: _resample(self.curve(name), self._listed(name)) for name in self.names}
-
-    def _listed(self, name: str) -> bool:
-        return bool(self.data.alternatives.sel(curve=name))
+        return {name: _resample(self.curve(name)) for name in self.names}
 
     def table(self, *, target: float = TARGET) -> "pd.DataFrame":
         """A row a curve: gain, area, and the smallest measured share whose recovery is at least `target`.
@@ -145,7 +142,7 @@ class Recovery(Result):
         frames = []
         for name, at in self._resampled.items():
             curve = _clean(self.curve(name))
-            low, high = stats._ends(at.resamples, at.present, stats.LEVEL)
+            low, high = stats.percentile_interval(at.resamples)
             frames.append(
                 pd.DataFrame(
                     {
@@ -181,10 +178,8 @@ class Recovery(Result):
         for name in (a, b):
             curve, ids = self.curve(name), self.examples(name)
             rows = [ids.index(i) for i in shared]
-            part = Curve(
-                name, curve.unit, curve.shares, curve.values[:, rows], curve.base[rows], curve.tuned[rows], curve.labels
-            )
-            at = _resample(part, self._listed(name))
+            part = {"values": curve.values[:, rows], "base": curve.base[rows], "tuned": curve.tuned[rows]}
+            at = _resample(replace(curve, **part))
             if at.why:
                 raise InputError(f"{name!r} has no area to compare: {at.why}")
             areas.append(at.weights @ at.recovery)
@@ -248,7 +243,7 @@ class Recovery(Result):
 
 
 def of_curves(curves: Mapping[str, Curve], facts: Mapping[str, Mapping[str, Any]] | None = None) -> Recovery:
-    """Curves by name as a result; `facts`: of each its metric, source, alternatives, ids (by default numbers).
+    """Curves by name as a result; `facts`: of each its metric, source, ids (by default numbers).
 
     Examples whose id is "" are padding, and left out.
     """
@@ -263,9 +258,9 @@ def of_curves(curves: Mapping[str, Curve], facts: Mapping[str, Mapping[str, Any]
         if len(known) != len(curve.base) or len({*known} - {""}) < (known != "").sum():
             raise InputError(f"{name!r}: expected an id of its own for each of {len(curve.base)} examples")
         there = known != ""
-        kept[name] = Curve(
-            curve.method, curve.unit, np.asarray(curve.shares, float), np.asarray(curve.values)[:, there],
-            np.asarray(curve.base)[there], np.asarray(curve.tuned)[there], curve.labels,
+        kept[name] = replace(
+            curve, shares=np.asarray(curve.shares, float), values=np.asarray(curve.values)[:, there],
+            base=np.asarray(curve.base)[there], tuned=np.asarray(curve.tuned)[there],
         )  # fmt: skip
         ids[name] = known[there]
     points = max(len(c.shares) for c in kept.values())
@@ -283,12 +278,12 @@ def of_curves(curves: Mapping[str, Curve], facts: Mapping[str, Mapping[str, Any]
         key: ("curve", np.array([str(facts.get(name, {}).get(key, "")) for name in kept], dtype=object))
         for key in ("metric", "source")
     }
-    listed = np.array([int(facts.get(name, {}).get("alternatives", False)) for name in kept], dtype=np.int8)
+    alternatives = np.array([curve.alternatives for curve in kept.values()], dtype=np.int8)
     data = {
         "share": (("curve", "point"), share), "value": (("curve", "point", "example"), value),
         "base": (("curve", "example"), base), "tuned": (("curve", "example"), tuned),
         "label": (("curve", "point"), label), "id": (("curve", "example"), names),
-        "alternatives": ("curve", listed),
+        "alternatives": ("curve", alternatives),
     }  # fmt: skip
     coords = {
         "curve": np.array(list(kept), dtype=object),
@@ -309,29 +304,19 @@ def _clean(curve: Curve) -> Curve:
             kept.append(i)
     if not kept:
         raise InputError(f"the curve {curve.method!r} has no point with a share above 0")
-    return Curve(
-        curve.method, curve.unit, curve.shares[kept], curve.values[kept], curve.base, curve.tuned,
-        [curve.labels[i] for i in kept],
-    )  # fmt: skip
+    labels = [curve.labels[i] for i in kept]
+    return replace(curve, shares=curve.shares[kept], values=curve.values[kept], labels=labels)
 
 
-def _resample(curve: Curve, listed: bool) -> _Resampled:
+def _resample(curve: Curve) -> _Resampled:
     curve = _clean(curve)
     over = curve.values.astype(np.float64) - curve.base
-    under = np.broadcast_to(curve.tuned.astype(np.float64) - curve.base, over.shape)
-    present = ~np.isnan(over) & ~np.isnan(under)
-    below = stats._means(under, present, stats.RESAMPLES, 0)
-    low, high = stats._ends(below, present, stats.LEVEL)
-    with np.errstate(all="ignore"):
-        recovery = np.where(present, over, 0).sum(1) / np.where(present, under, 0).sum(1)
-        resamples = stats._means(over, present, stats.RESAMPLES, 0) / below
-    undefined = ((low <= 0) & (high >= 0)) | ~np.isfinite(recovery)
-    recovery[undefined] = np.nan
-    resamples[undefined | (present.sum(1) < 2)] = np.nan
     gain = curve.tuned.astype(np.float64) - curve.base
+    recovery, resamples = stats.resampled_ratio(over, np.broadcast_to(gain, over.shape))
     gain = np.array([np.nanmean(gain), *stats.interval_of_mean(gain)])
     tied = bool((np.diff(curve.shares) < SAME).any())
-    return _Resampled(curve.shares, recovery, resamples, present, gain, not undefined.any(), listed or tied)
+    defined = not np.isnan(recovery).any()
+    return _Resampled(curve.shares, recovery, resamples, gain, defined, curve.alternatives or tied)
 
 
 def share_at(
