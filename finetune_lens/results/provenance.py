@@ -14,6 +14,7 @@ from typing import Any
 
 from finetune_lens.results import Result
 
+ROOT = Path(__file__).resolve().parents[2]  # of the checkout
 PACKAGES = ("finetune_lens", "torch", "numpy", "scipy", "xarray", "transformers", "peft", "safetensors")
 
 
@@ -46,6 +47,9 @@ def recorded(function: Callable[..., Result]) -> Callable[..., Result]:
             "wall_seconds": round(time.perf_counter() - start, 3),
         }
         result.data.attrs["provenance"] = json.dumps(record | result.provenance, default=str)
+        for name, value in result.data.attrs.items():  # what lies in the checkout is told from there
+            if isinstance(value, str):
+                result.data.attrs[name] = value.replace(f"{ROOT}/", "")
         return result
 
     return run
@@ -68,12 +72,11 @@ def _versions() -> dict[str, str]:
 @functools.cache
 def _commit() -> dict[str, Any] | None:
     """Commit and dirty flag of the checkout this package was loaded from; None for an installed package."""
-    root = Path(__file__).resolve().parents[2]
-    if not (root / ".git").exists():
+    if not (ROOT / ".git").exists():
         return None
     try:
         commit, status = (
-            subprocess.run(["git", "-C", root, *words], capture_output=True, text=True, check=True, timeout=10).stdout
+            subprocess.run(["git", "-C", ROOT, *words], capture_output=True, text=True, check=True, timeout=10).stdout
             for words in (["rev-parse", "HEAD"], ["status", "--porcelain"])
         )
     except (OSError, subprocess.SubprocessError):
