@@ -41,6 +41,7 @@ def test_scenes_are_drawn_right_and_answers_are_in_the_text(kind, count):
         assert boxes.solve(row["prompt"]) == row["answer"] == " " + {b: a for a, b in told}[asked]
         assert told[row["query"]] == (row["answer"].strip(), row["label"])
         assert asked == row["label"]
+        assert scene(row["corrupt"])[1] == row["corrupt_label"]
         assert row["labels"] == "".join(label for _, label in told)
         assert row["objects"] == " ".join(thing for thing, _ in told)
         assert row["wrong"].strip() in row["objects"].split()

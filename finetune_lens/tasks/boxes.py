@@ -129,8 +129,9 @@ def draw(
     """`n` scenes, each asked for `queries` different boxes: rows of a prompt file, n·queries of them.
 
     Beside `prompt`, `answer`, `wrong`, `corrupt`, `corrupt_answer` and `id`, a row has `scene` (its number), `query`
-    and `corrupt_query` (q and q′, positions from 0), `label` (of the queried box), `labels` and `objects` (as told),
-    `boxes` and `counterfactual`. `wrong` is another object of the scene, `corrupt_answer` where that is one.
+    and `corrupt_query` (q and q′, positions from 0), `label` and `corrupt_label` (of the boxes that `prompt` and
+    `corrupt` ask for), `labels` and `objects` (as told), `boxes` and `counterfactual`. `wrong` is another object of the
+    scene, `corrupt_answer` where that is one.
 
     Raises:
         InputError: the scene needs more distinct words than there are, or has fewer boxes than questions.
@@ -145,7 +146,7 @@ def draw(
     for number in range(n):
         scene = draw_scene(generator, boxes=boxes, part=part)
         for query in generator.permutation(boxes)[:queries].tolist():
-            corrupt, place, target = _corrupt(scene, query, generator, counterfactual, part)
+            corrupt, place, label, target = _corrupt(scene, query, generator, counterfactual, part)
             answer = scene.answer(query)
             others = [scene.answer(i) for i in range(boxes) if i != query]
             row = {
@@ -159,6 +160,7 @@ def draw(
                 "query": query,
                 "corrupt_query": place,
                 "label": scene.labels[query],
+                "corrupt_label": label,
                 "labels": "".join(scene.labels),
                 "objects": " ".join(scene.objects),
                 "boxes": boxes,
@@ -213,19 +215,19 @@ def tokenizer(more: Sequence[str] = (), *, longest: int = 256) -> "PreTrainedTok
 
 def _corrupt(
     scene: Scene, query: int, generator: np.random.Generator, counterfactual: Counterfactual, part: Split
-) -> tuple[str, int | None, str | None]:
-    """The counterfactual prompt, the position it asks for, and the answer that it stands for."""
+) -> tuple[str, int | None, str, str | None]:
+    """The counterfactual prompt, the position and the label it asks for, and the answer that it stands for."""
     boxes = len(scene.objects)
     place, shared = generator.permutation([i for i in range(boxes) if i != query])[:2].tolist()
     if counterfactual == "query":
-        return scene.prompt(place), place, scene.answer(place)
+        return scene.prompt(place), place, scene.labels[place], scene.answer(place)
     fixed = {place: scene.labels[shared]} if counterfactual == "label" else None
     other = draw_scene(generator, boxes=boxes, part=part, apart=scene, fixed=fixed)
     if counterfactual == "random":
         (nowhere,) = _choose(generator, LABELS, 1, (*scene.labels, *other.labels))
-        return other.prompt(0, label=nowhere), None, None
+        return other.prompt(0, label=nowhere), None, nowhere, None
     target = {"object": other.answer(place), "label": scene.answer(shared), "position": scene.answer(place)}
-    return other.prompt(place), place, target[counterfactual]
+    return other.prompt(place), place, other.labels[place], target[counterfactual]
 
 
 def _choose(generator: np.random.Generator, words: Sequence[str], n: int, without: Collection[str] = ()) -> list[str]:
