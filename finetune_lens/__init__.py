@@ -13,21 +13,27 @@ from typing import TYPE_CHECKING, Any
 
 __version__ = "0.1.0"
 __all__ = [
+    "Circuit",
     "GateFailed",
     "Graft",
     "Hybrid",
     "InputError",
     "ModelPair",
     "ModelSeries",
+    "attribute_edges",
     "check_pair",
+    "compare_circuits",
     "compare_outputs",
     "compare_task_vectors",
     "compress",
     "cross_patch",
+    "evaluate_circuit",
+    "find_circuit",
     "find_intruders",
     "graft",
     "interpolate",
     "join_parts",
+    "learn_masks",
     "load",
     "measure_updates",
     "patch",
@@ -36,40 +42,57 @@ __all__ = [
     "results",
     "scale_intruders",
     "trace",
+    "trace_paths",
     "zoo",
 ]
 
 # Public name → the module it lives in; a module's own name stands for itself.
 _WHERE = {
+    "Circuit": "circuits",
     "GateFailed": "errors",
     "Graft": "masks",
     "Hybrid": "hybrid",
     "InputError": "errors",
     "ModelPair": "pair",
     "ModelSeries": "pair",
+    "attribute_edges": "circuits",
     "check_pair": "check",
+    "compare_circuits": "circuits",
     "compare_outputs": "outputs",
     "compare_task_vectors": "task_vectors",
     "compress": "compression",
     "cross_patch": "cmap",
+    "evaluate_circuit": "circuits",
+    "find_circuit": "circuits",
     "find_intruders": "intruders",
     "graft": "grafting",
     "interpolate": "interpolation",
     "join_parts": "parts",
-    "measure_updates": "updates",
+    "learn_masks": "circuits",
     "load": "results",
+    "measure_updates": "updates",
     "patch": "patching",
-    "trace": "patching",
     "plots": "plots",
     "recovery_axis": "recovery",
     "results": "results",
     "scale_intruders": "intruders",
+    "trace": "patching",
+    "trace_paths": "circuits",
     "zoo": "zoo",
 }
 
 if TYPE_CHECKING:  # for editors
     from finetune_lens import plots, results, zoo
     from finetune_lens.check import check_pair
+    from finetune_lens.circuits import (
+        Circuit,
+        attribute_edges,
+        compare_circuits,
+        evaluate_circuit,
+        find_circuit,
+        learn_masks,
+        trace_paths,
+    )
     from finetune_lens.cmap import cross_patch
     from finetune_lens.compression import compress
     from finetune_lens.errors import GateFailed, InputError

@@ -6,7 +6,7 @@ import sys
 
 COMMANDS = (
     "check", "outputs", "updates", "intruders", "task_vectors", "grafting", "interpolation", "compression", "patching",
-    "cmap", "recovery", "parts", "zoo", "demo",
+    "cmap", "circuits", "recovery", "parts", "zoo", "demo",
 )  # fmt: skip
 
 

@@ -26,11 +26,16 @@ from finetune_lens.errors import GateFailed, InputError
 from finetune_lens.files import whole_file
 
 if TYPE_CHECKING:
+    from finetune_lens.hooked import HookedModel
     from finetune_lens.pair import ModelPair
     from finetune_lens.results import Result
 
 Base = Annotated[
     str, typer.Argument(metavar="BASE", help="Base model: file, folder, or cached hub id (NAME@REVISION).")
+]
+Model = Annotated[str, typer.Argument(metavar="MODEL", help="Model: file, folder, or cached hub id.")]
+OfAdapter = Annotated[
+    str | None, typer.Option("--base", help="Of a PEFT adapter: the model it was trained on.", show_default=False)
 ]
 Tuned = Annotated[str, typer.Argument(metavar="TUNED", help="Tuned model: the same, or a PEFT adapter folder.")]
 TunedOrSeveral = Annotated[
@@ -77,7 +82,7 @@ class Common(Saved):
     """The options that every analysis of models has."""
 
     device: Annotated[str, typer.Option(help="cpu, cuda, cuda:1 …; auto takes a GPU when there is one.")] = "auto"
-    seed: Annotated[int, typer.Option(help="Seed of everything random.")] = 0
+    seed: Annotated[int, typer.Option(min=0, help="Seed of everything random.")] = 0
     limit: Annotated[int | None, typer.Option(min=1, help="Only the first N.  [default: all]", show_default=False)] = (
         None
     )
@@ -118,6 +123,17 @@ class Running(Common):
         pair = ModelPair.load(base, tuned, online=self.online, config=self.config, tokenizer=self.tokenizer)
         self.say(pair.alignment.summary())
         return pair
+
+    def model(self, model: str, base: str | None = None) -> "HookedModel":
+        """One model, ready to run; a PEFT adapter on its base."""
+        from finetune_lens.hooked.loading import as_model
+
+        if base is not None:
+            return self.pair(base, model).models(device=self.device, dtype=self.dtype)[1]
+        return as_model(
+            model, device=self.device, dtype=self.dtype, config=self.config, tokenizer=self.tokenizer,
+            online=self.online,
+        )  # fmt: skip
 
     def execution(self) -> dict[str, Any]:
         """What every analysis takes of these."""
@@ -236,6 +252,20 @@ def span(text: str) -> list[float]:
     return [float(number) + 0.0 for number in exact]  # + 0.0: no −0
 
 
+def read_json(path: Path) -> Any:
+    """What a JSON file holds.
+
+    Raises:
+        InputError: no such file, or not JSON.
+    """
+    try:
+        return json.loads(path.read_text())
+    except FileNotFoundError:
+        raise InputError(f"no such file: {path}") from None
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise InputError(f"{path} is not valid JSON: {error}") from None
+
+
 def read_sets(path: Path | None) -> dict[str, list[str]] | None:
     """The sets of places in a JSON file.
 
@@ -244,12 +274,7 @@ def read_sets(path: Path | None) -> dict[str, list[str]] | None:
     """
     if path is None:
         return None
-    try:
-        sets = json.loads(path.read_text())
-    except FileNotFoundError:
-        raise InputError(f"no such file: {path}") from None
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise InputError(f"{path} is not valid JSON: {error}") from None
+    sets = read_json(path)
     if not isinstance(sets, dict) or not all(
         isinstance(places, list) and all(isinstance(p, str) for p in places) for places in sets.values()
     ):
@@ -304,7 +329,8 @@ def _guarded(function: Callable[..., None]) -> Callable[..., None]:
         except OSError as error:
             if common.debug:
                 raise
-            print(f"error: {error.filename or ''}: {error.strerror or error}", file=sys.stderr)
+            where = f"{error.filename}: " if error.filename else ""
+            print(f"error: {where}{error.strerror or error}", file=sys.stderr)
             raise typer.Exit(2) from None
         except (CheckFailed, GateFailed) as failure:
             print(f"check failed: {failure}", file=sys.stderr)

@@ -215,15 +215,13 @@ def _noised(model: "HookedModel", encoded: Any, subjects: np.ndarray, noise: flo
 def main() -> None:
     import typer
 
-    from finetune_lens.command import OutputFolder, Patching, finish, run
+    from finetune_lens.command import Model, OfAdapter, OutputFolder, Patching, finish, run
 
     def patching(
-        model: Annotated[str, typer.Argument(metavar="MODEL", help="Model: file, folder, or cached hub id.")],
+        model: Model,
         prompts: Annotated[Path, typer.Argument(metavar="PROMPTS", help="JSONL: prompt, corrupt, answer, wrong.")],
         *,
-        base: Annotated[
-            str | None, typer.Option(help="Of a PEFT adapter: the model it was trained on.", show_default=False)
-        ] = None,
+        base: OfAdapter = None,
         site: Annotated[
             str, typer.Option(help="resid_pre, resid_mid, resid_post, attn_out, mlp_out, z, q, k, v, pattern, result.")
         ] = "resid_pre",
@@ -236,7 +234,6 @@ def main() -> None:
         common: Patching,
     ) -> None:
         """Patch the run on each prompt with the run on its counterfactual, place by place."""
-        from finetune_lens.hooked.loading import as_model
         from finetune_lens.prompts import read_prompts
 
         folder = OutputFolder(common.out, "patching", force=common.force)
@@ -246,13 +243,7 @@ def main() -> None:
         ):
             raise InputError("--noise goes with neither --sets, --whole-answer, --template nor --method")
         items = read_prompts(prompts, limit=common.limit)
-        if base is not None:
-            _, loaded = common.pair(base, model).models(device=common.device, dtype=common.dtype)
-        else:
-            loaded = as_model(
-                model, device=common.device, dtype=common.dtype, config=common.config, tokenizer=common.tokenizer,
-                online=common.online,
-            )  # fmt: skip
+        loaded = common.model(model, base)
         folder.check()
         arguments = {"site": site} | common.grid() | common.execution() | {"partial": folder.partial}
         if noise is not None:

@@ -94,6 +94,12 @@ def brute(module: Any, clean: Encoded, corrupt: Encoded, sender: Any, reads: Rec
             return layers[layer].attn.c_attn, "qkv".index(reads.kind) * config.hidden_size
         return getattr(layers[layer].self_attn, f"{reads.kind}_proj"), 0
 
+    def keep_in(store: dict, key: int) -> Any:
+        return lambda _, a: store.__setitem__(key, a[0].clone())
+
+    def keep_out(store: dict, key: int) -> Any:
+        return lambda _, a, o: store.__setitem__(key, o.clone())
+
     def run(ids: Any, hooks: list) -> Any:
         handles = [m.register_forward_pre_hook(f) if pre else m.register_forward_hook(f) for m, f, pre in hooks]
         try:
@@ -107,8 +113,6 @@ def brute(module: Any, clean: Encoded, corrupt: Encoded, sender: Any, reads: Rec
     for n in range(len(clean)):
         (column,) = reads.columns[n].tolist()
         z, y, m, kept = {}, {}, {}, {}
-        keep_in = lambda store, key: lambda _, a: store.__setitem__(key, a[0].clone())  # noqa: E731
-        keep_out = lambda store, key: lambda _, a, o: store.__setitem__(key, o.clone())  # noqa: E731
         ids, other = clean.ids[n : n + 1], corrupt.ids[n : n + 1]
         run(ids, [*((o, keep_in(z, i), True) for i, o in enumerate(out)),
                   *((f, keep_out(m, i), False) for i, f in enumerate(mlps))])  # fmt: skip

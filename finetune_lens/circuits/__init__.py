@@ -10,6 +10,24 @@ common; `learn_masks` what its groups carry (DCM); `attribute_edges` estimates a
 """
 
 from finetune_lens.circuits.circuit import Circuit, Group
+from finetune_lens.circuits.comparison import compare_circuits
+from finetune_lens.circuits.dcm import learn_masks
+from finetune_lens.circuits.edges import attribute_edges
+from finetune_lens.circuits.evaluation import evaluate_circuit, minimal_circuit
 from finetune_lens.circuits.paths import PRESETS, PROCEDURES, Step, circuit_of, find_circuit, trace_paths
 
-__all__ = ["PRESETS", "PROCEDURES", "Circuit", "Group", "Step", "circuit_of", "find_circuit", "trace_paths"]
+__all__ = [
+    "PRESETS",
+    "PROCEDURES",
+    "Circuit",
+    "Group",
+    "Step",
+    "attribute_edges",
+    "circuit_of",
+    "compare_circuits",
+    "evaluate_circuit",
+    "find_circuit",
+    "learn_masks",
+    "minimal_circuit",
+    "trace_paths",
+]

@@ -164,6 +164,7 @@ def find_circuit(
     freeze: Sequence[str] | None = None,
     metric: str | None = None,
     method: str = "exact",
+    attribution: bool = True,
     align: str = "error",
     batch_size: int | None = None,
     limit: int | None = None,
@@ -180,6 +181,7 @@ def find_circuit(
         procedure: "entity-tracking", "ioi", or steps: `Step`, or text such as "reader=v:mover@label:last".
         heads: how many heads a group has: those whose path lowers the metric most, as published; a number, or one for
             each group. By default all whose path lowers it clear of 0 (Benjamini–Hochberg, 5 % over the heads).
+        attribution: also estimate the paths by edge attribution (`attribute_edges`), and say how well that agrees.
 
     The other arguments are those of `trace_paths`. A head that two groups at one position would have stays in the
     later one, as published. A group that nothing leads to has no heads, what leads to it is not looked for, and the
@@ -216,11 +218,16 @@ def find_circuit(
             continue
         found[step.name] = Group(step.position, *chosen)
     circuit = _apart(found)
+    result = running.result(measured, told)
+    if attribution:
+        heads_of = {step.name: found[step.of].heads if step.of else () for step in steps if step.name in measured}
+        _estimated(result, model, running, [step for step in steps if step.name in measured], heads_of)
     facts = model.describe() | {"layers": model.layers, "heads": model.heads}
     task = {"prompts": running.described(), "metric": running.metric, "preset": preset, "freeze": [*running.freeze]}
     task["steps"] = {step.name: told[step.name] for step in steps if step.name in told}
-    text = json.dumps({"groups": circuit, "model": facts, "task": task}) if circuit else ""
-    return running.result(measured, told, circuit=text)
+    if circuit:
+        result.data.attrs["circuit"] = json.dumps({"groups": circuit, "model": facts, "task": task})
+    return result
 
 
 def circuit_of(result: "Paths") -> Circuit:
@@ -267,7 +274,7 @@ class _Running:
             raise InputError(
                 f"metric {self.metric!r} is unknown; expected relative_prob or one of {', '.join(METRICS)}"
             )
-        self.batch_size, self.progress, self.partial = batch_size, progress, partial
+        self.align, self.batch_size, self.progress, self.partial = align, batch_size, progress, partial
         self.items = read_prompts(prompts, limit=limit)
         self.pair = isinstance(models, ModelPair)
         if self.pair:
@@ -335,9 +342,7 @@ class _Running:
 
         return describe_prompts(self.items)
 
-    def result(
-        self, swept: Mapping[str, Sequence["Swept"]], groups: Mapping[str, Mapping[str, Any]], circuit: str = ""
-    ) -> "Paths":
+    def result(self, swept: Mapping[str, Sequence["Swept"]], groups: Mapping[str, Mapping[str, Any]]) -> "Paths":
         """What was swept, by group a model each, labelled."""
         import xarray as xr
 
@@ -365,10 +370,53 @@ class _Running:
             "largest_deviation_of_an_unpatched_row": max(one.deviation for each in swept.values() for one in each),
         }  # fmt: skip
         attributes = {
-            "metric": self.metric, "freeze": ", ".join(self.freeze), "groups": json.dumps(groups), "circuit": circuit,
+            "metric": self.metric, "freeze": ", ".join(self.freeze), "groups": json.dumps(groups), "circuit": "",
             "provenance": json.dumps(record),
         }  # fmt: skip
         return Paths(xr.Dataset(data, coords=coords, attrs=attributes))
+
+
+def _estimated(
+    result: "Paths",
+    model: "HookedModel",
+    running: _Running,
+    steps: Sequence[Step],
+    heads: Mapping[str, tuple[Head, ...]],
+) -> None:
+    """Put the estimate of every path by edge attribution beside its effect, and how well the two agree."""
+    from finetune_lens.circuits.edges import attribute_edges
+
+    metric = "logit_diff" if all(p.wrong for p in running.items) else "logprob"
+    shape = tuple(result.data.sizes[dim] for dim in ("model", "group", "layer", "head"))
+    estimates, rows, edges = np.full(shape, np.nan), [], {}
+    for number, step in enumerate(steps):
+        at = -1 if step.receivers == "logits" else step.position
+        if at not in edges:
+            edges[at] = attribute_edges(
+                model, running.items, metric=metric, position=at, align=running.align,
+                batch_size=running.batch_size, progress=running.progress,
+            )  # fmt: skip
+        readers = ["logits"] if step.receivers == "logits" else _readers(model, step.receivers, heads[step.name])
+        exact = result.to_frame(metric)
+        exact = exact[exact["group"] == step.name]
+        scores = edges[at].heads(readers)
+        if not len(scores):  # no head comes before the receivers
+            continue
+        for row in scores.to_dict("records"):
+            estimates[0, number, row["layer"], row["head"]] = row["score"]
+        rows.append({"group": step.name} | edges[at].agreement(exact, readers).to_dict("records")[0])
+    result.data[f"attribution_{metric}"] = (("model", "group", "layer", "head"), estimates)
+    result.data.attrs["agreement"] = json.dumps(rows)
+
+
+def _readers(model: "HookedModel", kind: str, heads: Sequence[Head]) -> list[str]:
+    """What edge attribution calls q, k or v of these heads."""
+    names = []
+    for layer, head in heads:
+        block = model.anatomy.blocks[layer]
+        shared = block.heads // block.features[kind].heads
+        names.append(f"a{layer}.{'h' if shared == 1 else 'kv'}{head // shared}<{kind}>")
+    return [*dict.fromkeys(names)]
 
 
 def _receivers(given: "str | tuple[str, Sequence[Head]]") -> tuple[str, tuple[Head, ...]]:

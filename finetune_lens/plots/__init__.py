@@ -8,13 +8,18 @@ from functools import partial
 from typing import TYPE_CHECKING
 
 from finetune_lens.plots.attribution_against_exact import attribution_against_exact
+from finetune_lens.plots.circuit_diagram import circuit_diagram
+from finetune_lens.plots.circuit_faithfulness import circuit_faithfulness
+from finetune_lens.plots.circuit_overlap import circuit_overlap
 from finetune_lens.plots.cmap_bars import cmap_bars
 from finetune_lens.plots.compression import compression
+from finetune_lens.plots.dcm_accuracy import dcm_accuracy
 from finetune_lens.plots.graft_overlap import graft_overlap
 from finetune_lens.plots.graft_recovery import graft_recovery
 from finetune_lens.plots.graft_reliability import graft_reliability
 from finetune_lens.plots.graft_search import graft_search
 from finetune_lens.plots.graft_where import graft_where
+from finetune_lens.plots.head_effects import head_effects
 from finetune_lens.plots.interpolation_groups import interpolation_groups
 from finetune_lens.plots.interpolation_map import interpolation_map
 from finetune_lens.plots.interpolation_path import interpolation_path
@@ -28,6 +33,7 @@ from finetune_lens.plots.outputs_tokens import outputs_tokens
 from finetune_lens.plots.parts import parts
 from finetune_lens.plots.patching_bars import patching_bars
 from finetune_lens.plots.patching_heatmap import patching_heatmap
+from finetune_lens.plots.paths import paths
 from finetune_lens.plots.recovery_axis import recovery_axis
 from finetune_lens.plots.sigma_against_cosine import sigma_against_cosine
 from finetune_lens.plots.similarity import similarity
@@ -46,14 +52,19 @@ if TYPE_CHECKING:
 
 __all__ = [
     "attribution_against_exact",
+    "circuit_diagram",
+    "circuit_faithfulness",
+    "circuit_overlap",
     "cmap_bars",
     "compression",
+    "dcm_accuracy",
     "figures_of",
     "graft_overlap",
     "graft_recovery",
     "graft_reliability",
     "graft_search",
     "graft_where",
+    "head_effects",
     "interpolation_groups",
     "interpolation_map",
     "interpolation_path",
@@ -67,6 +78,7 @@ __all__ = [
     "parts",
     "patching_bars",
     "patching_heatmap",
+    "paths",
     "recovery_axis",
     "sigma_against_cosine",
     "similarity",
@@ -79,7 +91,10 @@ __all__ = [
 
 # Result kind → title → function. Those of intruders and trajectories are drawn for each side.
 _FIGURES: dict[str, dict[str, Callable[..., "Axes"]]] = {
+    "circuit_evaluation": {"faithfulness": circuit_faithfulness},
+    "circuit_overlap": {"overlap": circuit_overlap},
     "compression": {"recovery": compression},
+    "dcm": {"accuracy": dcm_accuracy},
     "grafting": {
         "recovery": graft_recovery,
         "where": graft_where,
@@ -136,6 +151,10 @@ def figures_of(result: "Result") -> dict[str, Callable[[], "Figure"]]:
             functions["units"] = partial(recovery_axis, by_unit=True)
     if result.kind == "parts":
         functions = {level: partial(parts, level=level) for level in result.levels if len(result.columns(level)) > 1}
+    if result.kind == "paths":
+        functions = {"heads": paths}
+        functions |= {"effects": head_effects} if len(result.models) > 1 else {}
+        functions |= {"circuit": lambda found: circuit_diagram(found.circuit)} if result.circuit else {}
     if result.kind == "outputs":
         functions = {"tokens": outputs_tokens} | ({"lens": outputs_lens} if result.has_lens else {})
     return {title: partial(_drawn, function, result) for title, function in functions.items()}

@@ -30,6 +30,11 @@ KINDS = {
     "task_vectors": "TaskVectors",
     "recovery": "Recovery",
     "parts": "Parts",
+    "paths": "Paths",
+    "circuit_overlap": "CircuitOverlap",
+    "circuit_evaluation": "CircuitEvaluation",
+    "dcm": "Masks",
+    "edges": "Edges",
 }
 
 

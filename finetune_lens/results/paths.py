@@ -25,7 +25,8 @@ class Paths(Result):
     `data` has the dimensions model, group (of receivers), layer, head (the sender) and example, and for each metric M
 
     - M (model, group, layer, head, example): metric(path patched) − metric(clean);
-    - recipient_M, donor_M (model, example): of the clean and the corrupt run.
+    - recipient_M, donor_M (model, example): of the clean and the corrupt run;
+    - attribution_M (model, group, layer, head): the mean estimate by edge attribution, of one M, where asked for.
 
     `metric` may also be "relative_prob", the published score: M = prob over recipient_prob. Its groups, their receivers
     and positions are in the attribute `groups` (JSON); `circuit` holds what was found (JSON; "" where nothing was asked
@@ -81,9 +82,9 @@ class Paths(Result):
         frame["p_adjusted"] = np.array(adjusted).ravel()
         return frame
 
-    def to_frame(self) -> "pd.DataFrame":
+    def to_frame(self, metric: str | None = None) -> "pd.DataFrame":
         """A row a model, group of receivers and sending head: effect, low, high, p_adjusted, whether it was chosen."""
-        frame = self._frame.copy()
+        frame = self._frame.copy() if metric in (None, self.metric) else self._summarised(self.values(metric))
         chosen = self.chosen()
         frame["chosen"] = [tuple(key) in chosen for key in frame[["group", "layer", "head"]].values.tolist()]
         return frame
@@ -115,6 +116,18 @@ class Paths(Result):
         frame = frame.rename(columns={"effect": "difference"}).drop(columns="model")
         frame["base"], frame["tuned"] = (_mean(side.values).ravel() for side in (base, tuned))
         return frame[["group", "layer", "head", "base", "tuned", "difference", "low", "high", "p_adjusted"]]
+
+    def agreement(self) -> "pd.DataFrame":
+        """Of edge attribution with the effects, by group: as `Edges.agreement`.
+
+        Raises:
+            InputError: it was not estimated.
+        """
+        import pandas as pd
+
+        if not self.data.attrs.get("agreement"):
+            raise InputError("paths were not estimated by edge attribution; measure with attribution=True")
+        return pd.DataFrame(json.loads(self.data.attrs["agreement"]))
 
     def headline(self) -> dict[str, Any]:
         """The circuit, and the largest effects of every group."""
@@ -157,6 +170,13 @@ class Paths(Result):
                 f"  {row['group']} {row['layer']}.{row['head']}: {row['base']:+.3g} → {row['tuned']:+.3g}, difference "
                 f"{row['difference']:+.3g} [{row['low']:.3g}, {row['high']:.3g}]"
                 for row in some.head(4).to_dict("records")
+            ]
+        if self.data.attrs.get("agreement"):
+            lines.append("edge attribution against these paths:")
+            lines += [
+                f"  {row['group']}: rank correlation {row['rank_correlation']:.2f}, slope {row['slope']:.2f} over "
+                f"{row['cells']} heads; worst at {row['worst_at']} ({row['worst']:.2g})"
+                for row in self.agreement().to_dict("records")
             ]
         if found:
             sizes = ", ".join(f"{len(group['heads'])} {name}" for name, group in found["groups"].items())
