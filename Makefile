@@ -21,6 +21,7 @@ bench: .venv/.dev
 	$(BIN)/python benchmarks/large.py
 	$(BIN)/python benchmarks/patching.py
 	$(BIN)/python benchmarks/grafting.py
+	$(BIN)/python benchmarks/circuits.py
 
 zoo: .venv/.core
 	$(BIN)/python -m finetune_lens.zoo build --all

@@ -32,12 +32,38 @@ def results(tmp_path_factory):
     return demo.analyse(tmp_path_factory.mktemp("demo"), figures=False, progress=False)
 
 
-@pytest.mark.parametrize("line", [line for block in blocks("bash") for line in block.splitlines()])
-def test_commands(line, clone):
+def ran(line):
     words = shlex.split(line)
     assert words[:2] == ["python", "-m"]
     done = subprocess.run([sys.executable, *words[1:], "--no-plots"], capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
+    return words
+
+
+CIRCUITS = {
+    "find": "paths",
+    "evaluate": "circuit_evaluation",
+    "compare": "circuit_overlap",
+    "dcm": "dcm",
+    "paths": "paths",
+}
+
+
+def test_commands_that_go_on_with_what_others_left(clone):
+    (block,) = (block for block in blocks("bash") if "finetune_lens.circuits" in block)
+    for line in block.splitlines():
+        words = ran(line)
+        out = Path(words[words.index("--out") + 1]) if "--out" in words else Path("runs", "circuits")
+        out = Path("runs", "paths") if words[3] == "paths" else out
+        assert (clone / out / f"{CIRCUITS[words[3]]}.nc").is_file()
+    assert {line.split()[3] for line in block.splitlines()} == {*CIRCUITS}
+
+
+@pytest.mark.parametrize(
+    "line", [line for block in blocks("bash") if "finetune_lens.circuits" not in block for line in block.splitlines()]
+)
+def test_commands(line, clone):
+    words = ran(line)
     out = Path(words[words.index("--out") + 1]) if "--out" in words else Path("runs", words[2].partition(".")[2])
     assert (clone / out / f"{words[2].partition('.')[2]}.nc").is_file()
 
@@ -46,7 +72,7 @@ def test_python(clone):
     import matplotlib
 
     matplotlib.use("agg")
-    weights, models, hybrids = blocks("python")
+    weights, models, hybrids, circuits = blocks("python")
     namespace = {}
     exec(weights, namespace)
     assert namespace["r"].count() == namespace["r"].count(epsilon=0.5, k=10)
@@ -59,6 +85,9 @@ def test_python(clone):
     exec(hybrids, namespace)
     assert (clone / "runs" / "mine" / "graft.safetensors").is_file()
     assert namespace["found"].metric == "accuracy"
+    namespace = {}
+    exec(circuits, namespace)
+    assert {(1, 0), (1, 1), (1, 2)} <= {*namespace["circuit"].groups["fetcher"].heads}
     matplotlib.pyplot.close("all")
 
 
