@@ -4,6 +4,7 @@
 (('label', 0, 0), ('subject', -1, 0), ('label', 1, 2))
 """
 
+import functools
 import re
 from collections.abc import Sequence
 from typing import Any
@@ -71,7 +72,8 @@ def _found(
     given = prompt.fields.get(field)
     wanted = "".join(given.split()) if isinstance(given, str) else ""
     told = encoded.mask[row] & encoded.prompt_columns[row]
-    text, starts, ends = spelt(encoded.ids[row, encoded.mask[row]].tolist()[: int(told.sum())], tokenizer)
+    ids = encoded.ids[row, encoded.mask[row]].tolist()[: int(told.sum())]
+    text, starts, ends = spelt(tuple(ids), tokenizer)
     found, at = [], text.find(wanted) if wanted else -1
     while at >= 0:
         begin, end = np.flatnonzero(ends > at)[0], np.flatnonzero(starts < at + len(wanted))[-1] + 1
@@ -83,7 +85,8 @@ def _found(
     return found
 
 
-def spelt(ids: list[int], tokenizer: Any) -> tuple[str, np.ndarray, np.ndarray]:
+@functools.lru_cache(maxsize=1 << 14)  # every position of a prompt reads it
+def spelt(ids: tuple[int, ...], tokenizer: Any) -> tuple[str, np.ndarray, np.ndarray]:
     """The text of some tokens without its white space, and where in it each token begins and ends.
 
     Read from ever longer beginnings: a token alone may lose its space, or be a part of a character.
