@@ -2,8 +2,7 @@
 
 import hashlib
 import json
-import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -16,6 +15,7 @@ from finetune_lens import masks
 from finetune_lens.errors import InputError
 from finetune_lens.evaluation import Examples, Scores, add_gradient, label_words, measure, read_examples
 from finetune_lens.grafting import BASELINES, SAMPLE, SELECTION, SENSITIVITY
+from finetune_lens.grafting.files import drop_earlier, leaving, named
 from finetune_lens.grafting.search import (
     at_random,
     draw,
@@ -37,7 +37,6 @@ if TYPE_CHECKING:
 
     from finetune_lens.pair import ModelPair
 
-LEFT = re.compile(r"graft(-[0-9.e+-]+)?\.safetensors")  # what a search leaves
 MEASURED = ("accuracy", "logprob", "confidence", "agreement")
 Row = dict[str, Any]
 
@@ -49,8 +48,8 @@ def measured(
     device: str, dtype: str, progress: bool, partial: Path | None,
 ) -> Grafting:  # fmt: skip
     """See `graft`."""
-    others = {name: masks.Graft.load(path) for name, path in _names(beside).items()}
-    left = {} if folder is None else _left(folder, sparsities, beside)
+    others = {name: masks.Graft.load(path) for name, path in named(beside).items()}
+    left = {} if folder is None else leaving(folder, sparsities, beside)
     hybrid = Hybrid(pair, device=device, dtype=dtype)
     for other in others.values():  # of this base, or it is said before anything is searched
         with hybrid.at(other):
@@ -119,7 +118,7 @@ def measured(
         if others:
             rows |= _joined(course, found[last], others, last)
     if left:
-        _drop_earlier(folder, [*left.values(), *map(Path, beside)])
+        drop_earlier(folder, [*left.values(), *map(Path, beside)])
     data = _dataset(
         hybrid, names, files, ends, rows, histories, update, sensitivity, where, overlap, tuple(found), random_seeds
     )
@@ -135,42 +134,6 @@ def measured(
         ),
     }  # fmt: skip
     return Grafting(data)
-
-
-def _names(paths: Sequence[str | Path]) -> dict[str, Path]:
-    """Graft files by the last parts of their paths, as many as tell them apart; a file called graft by its folder.
-
-    Raises:
-        InputError: one file given twice.
-    """
-    given = [Path(path).resolve() for path in paths]
-    bare = [path.parent if path.stem == "graft" else path.with_suffix("") for path in given]
-    for parts in range(1, max((len(path.parts) for path in bare), default=1) + 1):
-        names = ["/".join(path.parts[-parts:]) for path in bare]
-        if len({*names, "this"}) > len(names):
-            return dict(zip(names, given, strict=True))
-    raise InputError(f"a graft is given twice, or two in one folder cannot be told apart: {', '.join(map(str, given))}")
-
-
-def _left(folder: Path, sparsities: Sequence[float], beside: Sequence[str | Path]) -> dict[float, Path]:
-    """Which file each search leaves.
-
-    Raises:
-        InputError: it is one of the grafts that are compared with.
-    """
-    names = ["graft"] if len(sparsities) == 1 else [f"graft-{value:g}" for value in sparsities]
-    found = {value: folder / f"{name}.safetensors" for value, name in zip(sparsities, names, strict=True)}
-    for path in {p.resolve() for p in found.values()} & {Path(p).resolve() for p in beside}:
-        raise InputError(f"{path} is to be compared with, and would be overwritten; leave the grafts in another folder")
-    return found
-
-
-def _drop_earlier(folder: Path, kept: Sequence[Path]) -> None:
-    """Remove the grafts that an earlier run left in the folder: its searches were others."""
-    kept = {path.resolve() for path in kept}
-    for path in folder.glob("graft*.safetensors"):
-        if LEFT.fullmatch(path.name) and path.resolve() not in kept:
-            path.unlink()
 
 
 def _read(
