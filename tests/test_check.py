@@ -158,19 +158,19 @@ def test_re_entry_that_is_wrong_is_not_used_and_said(base, tuned):
 @pytest.mark.parametrize("masked", [False, True])
 def test_patches_by_re_entry_that_are_not_those_of_a_whole_pass(base, tuned, monkeypatch, masked):
     """Rows that are not patched are right, and those that are get other values."""
-    from finetune_lens.hooked.reentry import _Pass
+    from finetune_lens.hooked.reentry import Pass
 
     if masked:  # a token that is never said
         for model in (base, tuned):
             with_hook(model, "lm_head", lambda m, args, out: out.index_fill(-1, torch.tensor([5]), -torch.inf))
         assert checked(base, tuned).passed
-    changed = _Pass._changed
+    changed = Pass._changed
 
     def wrong(self, kind, layer, x, offset=0):
         after = changed(self, kind, layer, x, offset)
         return after if after is x else x + 1.1 * (after - x)
 
-    monkeypatch.setattr(_Pass, "_changed", wrong)
+    monkeypatch.setattr(Pass, "_changed", wrong)
     found = failed(checked(base, tuned))
     assert {("re-entry = whole pass", "base"), ("re-entry = whole pass", "tuned")} <= found
 

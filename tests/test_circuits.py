@@ -276,7 +276,7 @@ def test_the_commands(tmp_path):
     assert "--force" in ran.stderr
     ran = command("compare", base, control, "--json", "--quiet", cwd=tmp_path)
     assert ran.returncode == 0, ran.stderr
-    ran = command("dcm", folder / "base", base, "desiderata.jsonl", "--quiet", cwd=tmp_path)
+    ran = command("dcm", folder / "base", base, "desiderata.jsonl", "--batch-size", "2", "--quiet", cwd=tmp_path)
     assert ran.returncode == 0, ran.stderr
     ran = command("paths", folder / "base", folder / "lora", "boxes.jsonl", "--quiet", cwd=tmp_path)
     assert ran.returncode == 0, ran.stderr
