@@ -11,13 +11,14 @@ import pytest
 import torch
 from conftest import DECODERS
 from planted_circuit import D_HEAD, HEADS, INDUCTION, LAYERS, LETTERS, PREVIOUS, planted_model
+from test_cmap import shifted
 from test_patching import letters
 
-from finetune_lens import results, zoo
+from finetune_lens import results, stats, zoo
 from finetune_lens.circuits import Circuit, Group
 from finetune_lens.circuits import scores as scoring
 from finetune_lens.circuits.evaluation import evaluate_circuit, minimal_circuit
-from finetune_lens.errors import InputError
+from finetune_lens.errors import GateFailed, InputError
 from finetune_lens.hooked import HookedModel, ablation
 from finetune_lens.hooked.ablation import keep_only, mean_z
 from finetune_lens.hooked.grid import aligned
@@ -180,6 +181,16 @@ def test_across_models(planted):
     assert itself.difference()[["difference", "low", "high"]].abs().max().max() == 0
 
 
+def test_unsafe_pair(planted, circuits):
+    """A pair that cannot be compared: the trust gate refuses it, and two readings of one text are never compared."""
+    pair = ModelPair.load(planted.model, copy.deepcopy(planted.model), tokenizer=planted.tokenizer)
+    with pytest.raises(GateFailed, match="not safe to compare"):
+        evaluate(pair, circuits, planted.prompts[:4])
+    pair.tuned.tokenizer = shifted(planted.tokenizer)
+    with pytest.raises(InputError, match=r"read prompt|different ids"):
+        evaluate(pair, circuits, planted.prompts[:4], check=False)
+
+
 def drawn_prompts(words: str) -> list[dict[str, Any]]:
     """Prompts of several lengths: `mark` is a letter of each, `=` its end."""
     return [
@@ -312,30 +323,30 @@ def test_plain_hooks(library, family, align):
     np.testing.assert_allclose(one.pruned, expected(pruned), **close)
     assert np.abs(one.alone - one.full).max() > 0.02
     assert np.abs(one.alone - one.nothing).max() > 0.02
+    low, high = stats.interval_of_mean(one.without - one.model_without)
+    completeness = found.completeness()
+    assert completeness[["low", "high"]].values.T.tolist() == [low.tolist(), high.tolist()]
+    np.testing.assert_allclose(completeness["gap"], np.abs((one.without - one.model_without).mean("example")))
+    assert completeness["gap"].min() > 0
 
 
 @pytest.mark.parametrize("family", DECODERS)
 def test_short_way(library, family):
-    """Columns of circuits alone give what whole prompts give, in every architecture, padded left and right."""
+    """Columns of circuits alone give what whole prompts give, in every architecture, padded left or right."""
     model = HookedModel(library.model(family), letters(), name=family)
     items = read_prompts(RAGGED)
-    generator = np.random.default_rng(0)
-    for align in ("left", "right"):
-        where = aligned(items, model.tokenizer, corrupted=False, align=align)
-        second = where.clean.prompt_columns.int().argmax(1).numpy() + 1
-        named = [np.broadcast_to(where.columns(name), len(items)) for name in ("mark:first", "end:last")]
-        columns = np.stack([second, *named])
-        kept = generator.random((12, 3, model.layers, model.heads)) < 0.5
-        kept[0], kept[1] = True, kept[2]
-        means = mean_z(model, where.clean)
-        options: dict[str, Any] = {"metric": "logit_diff", "progress": False}
-        short, whole = (
-            keep_only(model, where.clean, means, columns, kept, full=full, **options) for full in (False, True)
-        )
-        assert not short.notes
-        np.testing.assert_allclose(short.values, whole.values, atol=5e-5)
-        np.testing.assert_allclose(short.nothing, whole.nothing, atol=5e-5)
-        assert short.values.std(0).max() > 1e-3
+    where = aligned(items, model.tokenizer, corrupted=False, align=("left", "right")[DECODERS.index(family) % 2])
+    second = where.clean.prompt_columns.int().argmax(1).numpy() + 1
+    named = [np.broadcast_to(where.columns(name), len(items)) for name in ("mark:first", "end:last")]
+    columns = np.stack([second, *named])
+    kept = np.random.default_rng(0).random((12, 3, model.layers, model.heads)) < 0.5
+    kept[0], kept[1] = True, kept[2]
+    given = model, where.clean, mean_z(model, where.clean), columns, kept
+    short, whole = (keep_only(*given, metric="logit_diff", full=full, progress=False) for full in (False, True))
+    assert not short.notes
+    np.testing.assert_allclose(short.values, whole.values, atol=5e-5)
+    np.testing.assert_allclose(short.nothing, whole.nothing, atol=5e-5)
+    assert short.values.std(0).max() > 1e-3
 
 
 def test_everything(library):
