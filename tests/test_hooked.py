@@ -429,3 +429,19 @@ def test_what_is_missing_is_said(library):
         HookedModel(transformers.BertModel(bert))
     with pytest.raises(InputError, match="BertForMaskedLM is not a decoder that can be hooked here"):
         HookedModel(transformers.BertForMaskedLM(bert)).run(IDS[:, :3], capture=["blocks.0.hook_resid_pre"])
+
+
+@pytest.mark.parametrize("family", ["gpt2", "opt", "llama"])
+@pytest.mark.parametrize("kind", ["resid_pre", "resid_mid", "mlp_out"])
+def test_gradients_are_slopes(library, family, kind):
+    """At every kind of site, also where the module is given (batch · pos, d_model)."""
+    model = HookedModel(library.fresh(family).double())
+    name = site_name(kind, 0)
+    run = model.run(IDS, capture=[name], gradients=True)
+    gradient = run.gradients(run.logits[:, -1, 5].sum())[name]
+    generator = torch.Generator().manual_seed(0)
+    step = torch.randn(gradient.shape, generator=generator, dtype=torch.float64) * 1e-4
+    ends = [model.run(IDS, edits=[(name, lambda x, s=s: x + s * step)]).logits[:, -1, 5].sum() for s in (1, -1)]
+    slope = float(ends[0] - ends[1]) / 2
+    assert slope == pytest.approx(float((gradient * step).sum()), rel=1e-3)
+    assert abs(slope) > 1e-6

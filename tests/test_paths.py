@@ -155,15 +155,16 @@ def brute(module: Any, clean: Encoded, corrupt: Encoded, sender: Any, reads: Rec
 @pytest.mark.parametrize("kind", ["logits", "q", "k", "v"])
 @pytest.mark.parametrize("family", ["gpt2", "llama"])
 def test_the_brute_force(library, family, kind, freeze):
-    module = library.model(family)
-    model = HookedModel(module)
+    model = exact(library, family)
+    module = model.module
     clean, corrupt = encoded(1), encoded(2)
     reads = receivers(model, kind, clean, "end" if kind == "logits" else "own")
     found = traced(model, kind, "end" if kind == "logits" else "own", freeze=FROZEN[freeze])
+    assert not found.notes
     for number, sender in enumerate(everyone(model)):
         expected = brute(module, clean, corrupt, sender, reads, freeze)
         patched = found.effects["logit_diff"][number] + found.recipient["logit_diff"]
-        np.testing.assert_allclose(patched, expected, atol=2e-5, rtol=1e-5)
+        np.testing.assert_allclose(patched, expected, atol=1e-8, rtol=1e-8)
     assert (found.effects["logit_diff"] != 0).any()
 
 

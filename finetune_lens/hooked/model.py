@@ -283,7 +283,8 @@ def _touch(
     def touch(x: Tensor) -> Tensor:
         if x.ndim == 2:  # some modules are given (batch · pos, d_model)
             again = _touch(name, changes, keep, shape, clone=clone)  # not itself: a cycle would hold what is captured
-            return again(x.unflatten(0, shape)).flatten(0, 1)
+            shaped = x.unflatten(0, shape)  # a view, which would follow what is written into x: its gradient was lost
+            return again(shaped if clone else shaped.clone()).flatten(0, 1)
         for change in changes:
             new = change(x) if callable(change) else change.to(x.device, x.dtype)
             if new.shape != x.shape:
