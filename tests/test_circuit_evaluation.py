@@ -520,7 +520,7 @@ def test_ragged_position(planted):
     """A number that lies behind the end of a shorter prompt."""
     rows = [{"prompt": "abcdefa", "answer": "b"}, {"prompt": "cdefc", "answer": "d"}]
     model = HookedModel(planted.model, planted.tokenizer)
-    with pytest.raises(InputError, match="position 6 does not exist in prompt 2"):
+    with pytest.raises(InputError, match="prompt 2: position 6 does not exist"):
         evaluate(model, Circuit({"a": Group(6, ((0, 0),))}), rows, align="left")
 
 

@@ -92,7 +92,7 @@ class Circuit:
         if not self.groups:
             raise InputError("a circuit has one group or more; found none")
         for name, group in self.groups.items():
-            _require_in_range(name, group, self.model.get("layers"), self.model.get("heads"), "the circuit's own model")
+            require_in_range(name, group, self.model.get("layers"), self.model.get("heads"), "the circuit's own model")
 
     @property
     def heads(self) -> set[Head]:
@@ -128,7 +128,7 @@ class Circuit:
         """
         for model in models:
             for name, group in self.groups.items():
-                _require_in_range(name, group, model.layers, model.heads, model.name)
+                require_in_range(name, group, model.layers, model.heads, model.name)
         known = self.model.get("files_sha256")
         here = {model.name: model.fingerprint for model in models}
         if known and all(here.values()) and known not in here.values() and not force:
@@ -189,7 +189,7 @@ def head_name(head: Head) -> str:
     return f"{head[0]}.{head[1]}"
 
 
-def _require_in_range(name: str, group: Group, layers: int | None, heads: int | None, where: str) -> None:
+def require_in_range(name: str, group: Group, layers: int | None, heads: int | None, where: str) -> None:
     if layers is None or heads is None:
         return
     for layer, head in group.heads:

@@ -24,7 +24,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from finetune_lens.circuits.circuit import Circuit, _require_in_range
+from finetune_lens.circuits.circuit import Circuit, require_in_range
 from finetune_lens.errors import InputError
 from finetune_lens.results.provenance import recorded
 
@@ -65,7 +65,7 @@ def _compare(circuits: Circuits, *, layers: int | None, heads: int | None) -> "C
     if shape is not None:
         for side, circuit in circuits.items():
             for name, group in circuit.groups.items():
-                _require_in_range(f"{name} of {side}", group, *shape, "the model")
+                require_in_range(f"{name} of {side}", group, *shape, "the model")
     groups = list(dict.fromkeys(group for circuit in circuits.values() for group in circuit.groups))
     everything = np.array([head for circuit in circuits.values() for head in circuit.heads])
     held = np.zeros((2, len(groups), *(shape or everything.max(0) + 1)), np.int8)

@@ -253,12 +253,12 @@ def _columns(where: "Aligned", position: int | str) -> tuple[np.ndarray, np.ndar
 
 
 def _in_corrupt(where: "Aligned", row: int, position: str) -> int:
-    from finetune_lens.hooked.mentions import column_of
+    from finetune_lens.hooked.mentions import column_of, parse
 
-    prompt, (field, colon, which) = where.prompts[row], position.partition(":")
-    name = f"corrupt_{field}" if f"corrupt_{field}" in prompt.fields else field
+    prompt, (field, *_) = where.prompts[row], parse(position)
+    theirs = f"corrupt_{position}" if f"corrupt_{field}" in prompt.fields else position
     try:
-        return column_of(prompt, where.corrupt, row, f"{name}{colon}{which}", where.tokenizer)
+        return column_of(prompt, where.corrupt, row, theirs, where.tokenizer)
     except InputError as error:
         raise InputError(
             f"{error}. This is its `corrupt` text, where {position!r} is a mention of the field `corrupt_{field}` if "

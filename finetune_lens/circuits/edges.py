@@ -33,7 +33,6 @@ from finetune_lens.results.provenance import recorded
 
 if TYPE_CHECKING:
     from finetune_lens.hooked import HookedModel
-    from finetune_lens.hooked.grid import Aligned
     from finetune_lens.results.edges import Edges
 
 
@@ -90,7 +89,7 @@ def attribute_edges(
             f'{lacking[0]}); add "wrong" to them, or pass metric="logprob"'
         )
     scores, clean, corrupt = edge_scores(
-        model, where.clean, where.corrupt, metric, steps=steps, at=_columns(where, items, position),
+        model, where.clean, where.corrupt, metric, steps=steps, at=None if position is None else where.each(position),
         batch_size=batch_size, progress=progress,
     )  # fmt: skip
     graph = graph_of(model)
@@ -105,15 +104,3 @@ def attribute_edges(
     record = {"model": model.describe(), "prompts": describe_prompts(items)}
     attributes = {"metric": metric, "steps": steps, "provenance": json.dumps(record)}
     return Edges(xr.Dataset(data, coords, attributes))
-
-
-def _columns(where: "Aligned", prompts: Any, position: int | str | None) -> np.ndarray | None:
-    """The column of the position in each prompt, where one is asked for."""
-    if position is None:
-        return None
-    at = np.broadcast_to(where.columns(position), len(prompts))
-    there = where.clean.prompt_columns & where.corrupt.prompt_columns
-    for prompt, column, has in zip(prompts, at, there.numpy(), strict=True):
-        if not has[column]:
-            raise InputError(f"prompt {prompt.id}: position {position} does not exist, it is shorter than others")
-    return at

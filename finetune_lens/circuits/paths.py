@@ -317,11 +317,7 @@ class _Running:
         Raises:
             InputError: a prompt does not have it.
         """
-        at = np.broadcast_to(self.where.columns(position), len(self.items))
-        for prompt, column, there in zip(self.items, at, self.where.clean.prompt_columns.numpy(), strict=True):
-            if not there[column]:
-                raise InputError(f"prompt {prompt.id}: position {position} does not exist, it is shorter than others")
-        return [np.array([column]) for column in at]
+        return [np.array([column]) for column in self.where.each(position)]
 
     def sweep(self, model: "HookedModel", kind: str, heads: Sequence[Head], position: int | str, name: str) -> "Swept":
         from finetune_lens.hooked.paths import Receivers, sweep_paths

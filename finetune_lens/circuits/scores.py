@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from finetune_lens.circuits.circuit import Circuit
-from finetune_lens.errors import InputError
 
 if TYPE_CHECKING:
     from finetune_lens.hooked import HookedModel
@@ -69,12 +68,7 @@ def lay_out(
         return position if number is None else number
 
     positions = list(dict.fromkeys(known(g.position) for c in circuits.values() for g in c.groups.values()))
-    columns = [where.columns(position) for position in positions]
-    for position, column in zip(positions, columns, strict=True):
-        there = where.clean.prompt_columns.numpy()[np.arange(len(where.prompts)), column]
-        if not there.all():
-            prompt = where.prompts[int(np.flatnonzero(~there)[0])]
-            raise InputError(f"position {position} does not exist in prompt {prompt.id}")
+    columns = [tuple(where.each(position).tolist()) for position in positions]
     shape = (len(positions), model.layers, model.heads)
     layouts = {}
     for name, circuit in circuits.items():

@@ -26,7 +26,7 @@ from torch import Tensor
 
 from finetune_lens.errors import InputError
 from finetune_lens.hooked.model import Edit, HookedModel
-from finetune_lens.hooked.reentry import _Prefix
+from finetune_lens.hooked.reentry import Prefix
 from finetune_lens.hooked.sites import site_name
 from finetune_lens.hooked.sweep import (
     LOGITS,
@@ -354,7 +354,7 @@ class _Column:
         return joined
 
 
-class _Known(_Prefix):
+class _Known(Prefix):
     """Stands where a key/value cache is expected."""
 
     def __init__(self, around: _Column):

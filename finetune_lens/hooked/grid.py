@@ -63,6 +63,21 @@ class Aligned:
         )
         return found[0] if len(set(found)) == 1 else found
 
+    def each(self, position: Position) -> np.ndarray:
+        """(example,): the column of a position, as a token of every clean prompt and of its counterfactual.
+
+        Raises:
+            InputError: a prompt does not have it.
+        """
+        at = np.broadcast_to(self.columns(position), len(self.prompts))
+        there = self.clean.prompt_columns
+        if self.corrupt is not None:
+            there = there & self.corrupt.prompt_columns
+        for prompt, column, has in zip(self.prompts, at, there.numpy(), strict=True):
+            if not has[column]:
+                raise InputError(f"prompt {prompt.id}: position {position} does not exist, it is shorter than others")
+        return at
+
     def column(self, position: int) -> int:
         """The column of a position; negative ones count from the end of prompts of one length.
 

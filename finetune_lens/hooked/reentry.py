@@ -181,7 +181,7 @@ class Pass:
         width = model.module.get_input_embeddings().weight.shape[1]
         inputs: dict[str, Any] = {
             "inputs_embeds": torch.zeros((), device=device, dtype=model.dtype).expand(n, self.length, width),
-            "past_key_values": _Prefix(self),
+            "past_key_values": Prefix(self),
             "use_cache": True,
         }
         if not bool(mask.all()):
@@ -291,7 +291,7 @@ class Pass:
         return torch.zeros_like(hidden).scatter(1, at, some)
 
 
-class _Prefix:
+class Prefix:
     """Stands where a key/value cache is expected: the recorded keys and values of the columns before the rows' own."""
 
     is_compileable = False
