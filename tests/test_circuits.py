@@ -130,6 +130,8 @@ def test_positions_are_each_examples_own(model, planted):
             one = trace_paths(model, [prompt], position=position, **options).values("logprob").values[0, 0]
             np.testing.assert_allclose(one[..., 0], together[..., number], atol=1e-4)
     assert np.abs(whole).max() > 1
+    every = trace_paths(model, some, position="told:first", sender_position="all", **options).values("logprob")
+    np.testing.assert_allclose(every.values[0, 0], whole, atol=1e-4)
     assert np.abs(after).max() < 0.1
 
 

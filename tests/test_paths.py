@@ -180,6 +180,31 @@ def test_without_frozen_heads_others_pass_it_on(library):
     same(paths, plain)
 
 
+def test_senders_elsewhere(library):
+    """Without frozen heads they reach the end, as a patch of z there does; with them they reach nothing."""
+    from finetune_lens.hooked.sweep import Place, sweep
+
+    model = exact(library, "llama")
+    clean, corrupt = Side(model, encoded(1)), Side(model, encoded(2))
+    ends, early = [np.array([6])] * EXAMPLES, [np.array([n % 4]) for n in range(EXAMPLES)]
+    everywhere = [np.arange(7)] * EXAMPLES
+
+    def effects(kind, sent, **options):
+        heads = () if kind == "logits" else ((1, 0), (1, 3))
+        return sweep_paths(
+            clean, corrupt, everyone(model), Receivers(kind, heads, ends, sent), progress=False, **options
+        )
+
+    own = tuple(int(column[0]) for column in early)
+    plain = sweep(clean, corrupt, [(Place("z", *head, own),) for head in everyone(model)], progress=False)
+    same(effects("logits", early, freeze=()), plain)
+    assert (effects("q", early).effects["logprob"] == 0).all()
+    for kind in ("logits", "q"):
+        same(effects(kind, everywhere), effects(kind, None))
+        same(effects(kind, everywhere), effects(kind, everywhere, full=True))
+        same(effects(kind, early), effects(kind, early, full=True))
+
+
 @pytest.mark.parametrize("kind", ["logits", "q", "v"])
 def test_a_run_that_is_its_own_counterfactual_changes_nothing(library, kind):
     model = HookedModel(library.model("gpt2"))

@@ -105,7 +105,10 @@ def paths(
     prompts: Prompts,
     *,
     receivers: Annotated[str, typer.Option(help="logits, or q, k or v of heads: q:2.0,2.1.")] = "logits",
-    position: Annotated[str, typer.Option(help="Where: -1, or a mention of a field such as label:first.")] = "-1",
+    position: Annotated[str, typer.Option(help="Where: -1, a mention of a field such as label:first, or all.")] = "-1",
+    sender_position: Annotated[
+        str | None, typer.Option(help="Where senders are patched instead.", show_default=False)
+    ] = None,
     preset: Preset = "prakash2024",
     freeze: Freeze = None,
     metric: Metric = None,
@@ -120,8 +123,9 @@ def paths(
     pair = common.pair(base, tuned)
     folder.check()
     result = trace_paths(
-        pair, items, receivers=receivers, position=position, preset=preset, freeze=_listed(freeze), metric=metric,
-        method=method, align=align, check=not unsafe, partial=folder.partial, **common.execution(),
+        pair, items, receivers=receivers, position=position, sender_position=sender_position, preset=preset,
+        freeze=_listed(freeze), metric=metric, method=method, align=align, check=not unsafe, partial=folder.partial,
+        **common.execution(),
     )  # fmt: skip
     finish(result, folder, common)
 

@@ -107,6 +107,7 @@ def trace_paths(
     *,
     receivers: "str | tuple[str, Sequence[Head]]" = "logits",
     position: int | str = -1,
+    sender_position: int | str | None = None,
     preset: str = "prakash2024",
     freeze: Sequence[str] | None = None,
     metric: str | None = None,
@@ -129,8 +130,9 @@ def trace_paths(
         prompts: a JSONL file, or a list of mappings with prompt, answer, corrupt (of the same length).
         receivers: "logits", or q, k or v of heads: "q:2.0,2.1" or ("q", [(2, 0), (2, 1)]). Of grouped-query models
             k and v are shared, and a head stands for its group.
-        position: where senders are patched and receivers read: counted from the start or (negative) the end, or a
-            mention of a field of the prompts (`label:first`). The logits are read at the end.
+        position: where the receivers read, and senders are patched: counted from the start or (negative) the end, a
+            mention of a field of the prompts (`label:first`), or "all". The logits are read at the end.
+        sender_position: where senders are patched instead. Of frozen heads a change elsewhere reaches nothing.
         preset: prakash2024, wang2022 or goldowsky-dill2023; `freeze` and `metric` take its place where given.
         freeze: sites held at their clean values: z, q, k, v, pattern, mlp_out.
         metric: what tables and figures show: relative_prob, or one of the metrics of `patch`.
@@ -148,8 +150,9 @@ def trace_paths(
         check, progress, partial,
     )  # fmt: skip
     name = kind if kind == "logits" else f"{kind} of {', '.join(map(head_name, heads))}"
-    swept = {model.name: running.sweep(model, kind, heads, position, name) for model in running.models}
+    swept = {model.name: running.sweep(model, kind, heads, position, name, sender_position) for model in running.models}
     group = {"to": "the logits" if kind == "logits" else name, "position": str(position)}
+    group |= {} if sender_position is None else {"sender_position": str(sender_position)}
     return running.result({name: [*swept.values()]}, {name: group})
 
 
@@ -317,17 +320,25 @@ class _Running:
         Raises:
             InputError: a prompt does not have it.
         """
+        if position == "all":
+            both = self.where.clean.prompt_columns & self.where.corrupt.prompt_columns
+            return [np.flatnonzero(row) for row in both.numpy()]
         return [np.array([column]) for column in self.where.each(position)]
 
-    def sweep(self, model: "HookedModel", kind: str, heads: Sequence[Head], position: int | str, name: str) -> "Swept":
+    def sweep(
+        self, model: "HookedModel", kind: str, heads: Sequence[Head], position: int | str, name: str,
+        sender_position: int | str | None = None,
+    ) -> "Swept":  # fmt: skip
         from finetune_lens.hooked.paths import Receivers, sweep_paths
         from finetune_lens.hooked.sweep import Side
 
         senders = [(layer, head) for layer in range(model.layers) for head in range(model.heads)]
         clean, corrupt = Side(model, self.where.clean), Side(model, self.where.corrupt)
+        sent = None if sender_position is None else self.columns(sender_position)
+        receivers = Receivers(kind, tuple(heads), self.columns(position), sent)
         arguments = {"analysis": f"paths-{model.name.replace('/', '-')}-{name}", "side": model.describe()}
         return sweep_paths(
-            clean, corrupt, senders, Receivers(kind, tuple(heads), self.columns(position)), freeze=self.freeze,
+            clean, corrupt, senders, receivers, freeze=self.freeze,
             batch_size=self.batch_size, full=self.method == "full", progress=self.progress, label=name,
             partial=self.partial if model.fingerprint else None,
             arguments=arguments | {"adapted": model.adapted},

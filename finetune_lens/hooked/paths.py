@@ -41,12 +41,14 @@ class Receivers:
     """Who reads: the logits, or q, k or v of some heads at some columns.
 
     Attributes:
-        columns: of each example: where the senders' change is put in and where the receivers read it.
+        columns: of each example: where the receivers read. (The logits are read at the answer.)
+        sent: of each example: where the senders' z is changed; by default where the receivers read.
     """
 
     kind: str
     heads: tuple[Head, ...]
     columns: Sequence[np.ndarray]
+    sent: Sequence[np.ndarray] | None = None
 
 
 def frozen_heads(freeze: Sequence[str]) -> bool:
@@ -147,6 +149,7 @@ class _Paths:
 
             facts = {"senders": self.senders, "receivers": repr((self.receivers.kind, self.receivers.heads))}
             facts |= {"columns": [c.tolist() for c in self.receivers.columns], "freeze": self.freeze}
+            facts |= {"sent": self.receivers.sent and [c.tolist() for c in self.receivers.sent]}
             facts |= {"clean": hash_of(self.clean.prompts), "corrupt": hash_of(self.corrupt.prompts)}
             analysis = self.arguments.get("analysis", "paths") + ("-full" if full else "")
             store = Store(self.partial, "", {"arguments": self.arguments, "analysis": analysis} | facts)
@@ -177,7 +180,8 @@ class _Batch:
         self.paths, self.model = paths, paths.model
         self.prompts = paths.clean.prompts.rows(examples)
         theirs = paths.corrupt.prompts.rows(examples)
-        self.columns = [paths.receivers.columns[e] for e in examples]
+        sent = paths.receivers.columns if paths.receivers.sent is None else paths.receivers.sent
+        self.columns, self.sent = ([each[e] for e in examples] for each in (paths.receivers.columns, sent))
         layers = sorted({layer for layer, _ in paths.senders})
         run = self.model.run(
             theirs.ids, mask=theirs.mask, capture=[site_name("z", layer) for layer in layers],
@@ -218,9 +222,11 @@ class _Short(_Batch):
             names = {layer: site_name("mlp_out", layer) for layer in range(self.model.layers)}
             run = self.model.run(ids, mask=mask, capture=[*names.values()], edits=self.own_edits, logits_at=read_at)
             self.mlps = {layer: run.cache[name] for layer, name in names.items()}
-        if paths.receivers.kind == "logits":  # a change in another column does not reach them
+        if paths.receivers.kind == "logits":
             ends = self.prompts.read_at[:, 0].numpy()
-            self.columns = [own[own == end] for own, end in zip(self.columns, ends, strict=True)]
+            self.columns = [np.array([end]) for end in ends]
+        # A change in another column does not reach the receivers.
+        self.columns = [np.intersect1d(*pair) for pair in zip(self.columns, self.sent, strict=True)]
         self.deviation = 0.0
 
     def measured(self) -> dict[str, np.ndarray]:
@@ -424,14 +430,15 @@ class _Full(_Batch):
         received = [(site_name(*site), self._receiving(site, values)) for site, values in seen.items()]
         return self.model.run(ids, mask=mask, edits=[*self.own_edits, *received], logits_at=read_at).logits
 
-    def _at(self) -> tuple[Tensor, Tensor]:
-        """(example, column) of every column that is sent from and read at."""
-        rows = np.repeat(np.arange(len(self.columns)), [len(c) for c in self.columns])
-        return torch.from_numpy(rows), torch.from_numpy(np.concatenate(self.columns))
+    @staticmethod
+    def _at(columns: Sequence[np.ndarray]) -> tuple[Tensor, Tensor]:
+        """(example, column) of all of them."""
+        rows = np.repeat(np.arange(len(columns)), [len(c) for c in columns])
+        return torch.from_numpy(rows), torch.from_numpy(np.concatenate(columns))
 
     def _sending(self, sender: Head) -> Any:
         layer, head = sender
-        row, column = self._at()
+        row, column = self._at(self.sent)
 
         def edit(x: Tensor) -> Tensor:
             at = (row.to(x.device), column.to(x.device), torch.full_like(row, head).to(x.device))
@@ -449,7 +456,7 @@ class _Full(_Batch):
 
     def _receiving(self, site: tuple[str, int], values: Tensor) -> Any:
         heads = torch.tensor(self.paths.sites[site])
-        row, column = self._at()
+        row, column = self._at(self.columns)
 
         def edit(x: Tensor) -> Tensor:
             at = [row[:, None].to(x.device), column[:, None].to(x.device), heads[None].to(x.device)]

@@ -148,7 +148,8 @@ class Paths(Result):
         ]
         frame, found = self.to_frame(), self.circuit
         for name, group in self.groups.items():
-            lines.append(f"{name}, to {group['to']} at {group['position']}:")
+            sent = f", senders patched at {group['sender_position']}" if "sender_position" in group else ""
+            lines.append(f"{name}, to {group['to']} at {group['position']}{sent}:")
             for model in self.models:
                 part = frame[(frame["group"] == name) & (frame["model"] == model)]
                 clear = int((part["p_adjusted"] < 0.05).sum())
