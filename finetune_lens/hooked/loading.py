@@ -175,7 +175,7 @@ def _tokenizer(given: Any, checkpoint: Checkpoint) -> Any:
 
 def _config(checkpoint: Checkpoint, given: Any) -> Any:
     """The transformers config of the model."""
-    from transformers import AutoConfig, GPT2Config, PreTrainedConfig
+    from transformers import CONFIG_MAPPING, AutoConfig, GPT2Config, PreTrainedConfig
 
     if isinstance(given, PreTrainedConfig):
         return given
@@ -194,6 +194,11 @@ def _config(checkpoint: Checkpoint, given: Any) -> Any:
         raise InputError(
             f"{checkpoint.source} are weights alone: to run them, the architecture has to be known; pass --config with "
             "the model's config.json (its model_type is needed), or put that file beside the weights"
+        )
+    if facts["model_type"] not in CONFIG_MAPPING:
+        raise InputError(
+            f"{checkpoint.source}: transformers knows no architecture {facts['model_type']!r}, the model_type in its "
+            "config; its weights can be compared, but it cannot be run"
         )
     try:
         return AutoConfig.for_model(**facts)
