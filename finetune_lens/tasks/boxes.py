@@ -43,6 +43,7 @@ import numpy as np
 
 from finetune_lens.errors import InputError
 from finetune_lens.tasks.strings import Split
+from finetune_lens.tasks.word_level import word_level
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
@@ -195,22 +196,7 @@ def tokenizer(more: Sequence[str] = (), *, longest: int = 256) -> "PreTrainedTok
 
     `<bos>` is put in front, decoding gives the text back, and a word outside `vocabulary(more)` has no reading.
     """
-    from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, processors
-    from transformers import PreTrainedTokenizerFast
-
-    ids = {token: i for i, token in enumerate(vocabulary(more))}
-    raw = Tokenizer(models.WordLevel(ids))
-    raw.pre_tokenizer = pre_tokenizers.Split(Regex(_PIECE), behavior="isolated")
-    raw.post_processor = processors.TemplateProcessing(single="<bos> $A", special_tokens=[("<bos>", ids["<bos>"])])
-    raw.decoder = decoders.Fuse()
-    return PreTrainedTokenizerFast(
-        tokenizer_object=raw,
-        bos_token="<bos>",
-        eos_token="<eos>",
-        pad_token="<pad>",
-        model_max_length=longest,
-        clean_up_tokenization_spaces=False,
-    )
+    return word_level(vocabulary(more), _PIECE, longest=longest)
 
 
 def _corrupt(

@@ -36,6 +36,7 @@ import numpy as np
 
 from finetune_lens.errors import InputError
 from finetune_lens.tasks.strings import Accuracy, Item
+from finetune_lens.tasks.word_level import word_level
 
 if TYPE_CHECKING:
     import torch
@@ -179,21 +180,7 @@ def prompts(
 
 def tokenizer(most: int = MOST) -> "PreTrainedTokenizerFast":
     """One token a letter, one a number; `<bos>` is put in front; decoding gives the text back without spaces."""
-    from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, processors
-    from transformers import PreTrainedTokenizerFast
-
-    ids = {token: i for i, token in enumerate(vocabulary(most))}
-    raw = Tokenizer(models.WordLevel(ids))  # no unknown token: a letter outside the vocabulary has no reading
-    raw.pre_tokenizer = pre_tokenizers.Split(Regex("<[a-z]+>|[0-9]+|."), behavior="isolated")
-    raw.post_processor = processors.TemplateProcessing(single="<bos> $A", special_tokens=[("<bos>", ids["<bos>"])])
-    raw.decoder = decoders.Fuse()
-    return PreTrainedTokenizerFast(
-        tokenizer_object=raw,
-        bos_token="<bos>",
-        pad_token="<pad>",
-        model_max_length=LONGEST,
-        clean_up_tokenization_spaces=False,
-    )
+    return word_level(vocabulary(most), "<[a-z]+>|[0-9]+|.", longest=LONGEST)
 
 
 def encode(items: Sequence[Item], *, most: int = MOST) -> dict[str, "torch.Tensor"]:

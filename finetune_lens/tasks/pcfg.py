@@ -32,6 +32,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from finetune_lens.tasks.word_level import word_level
+
 if TYPE_CHECKING:
     import torch
     from transformers import PreTrainedTokenizerFast
@@ -194,18 +196,7 @@ class Language:
 
     def tokenizer(self) -> "PreTrainedTokenizerFast":
         """A token a letter, a mark, a number; `<bos>` is put in front."""
-        from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, processors
-        from transformers import PreTrainedTokenizerFast
-
-        ids = {token: i for i, token in enumerate(self.vocabulary)}
-        raw = Tokenizer(models.WordLevel(ids))
-        raw.pre_tokenizer = pre_tokenizers.Split(Regex("<[a-z]+>|<[0-9]+>|."), behavior="isolated")
-        raw.post_processor = processors.TemplateProcessing(single="<bos> $A", special_tokens=[("<bos>", ids["<bos>"])])
-        raw.decoder = decoders.Fuse()
-        return PreTrainedTokenizerFast(
-            tokenizer_object=raw, bos_token="<bos>", eos_token="<eos>", pad_token="<pad>",
-            model_max_length=self.length + 9, clean_up_tokenization_spaces=False,
-        )  # fmt: skip
+        return word_level(self.vocabulary, "<[a-z]+>|<[0-9]+>|.", longest=self.length + 9)
 
     def encode(self, items: Items) -> dict[str, "torch.Tensor"]:
         """`input_ids` and `labels`, (items, length + 9) int64; labels are −100 but on the answer and its `<eos>`."""

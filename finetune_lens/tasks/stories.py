@@ -52,6 +52,7 @@ import numpy as np
 
 from finetune_lens.errors import InputError
 from finetune_lens.tasks.strings import Accuracy, Split, split
+from finetune_lens.tasks.word_level import word_level
 
 if TYPE_CHECKING:
     import torch
@@ -237,22 +238,7 @@ def vocabulary() -> tuple[str, ...]:
 
 def tokenizer() -> "PreTrainedTokenizerFast":
     """One token a word, which keeps the space before it; `<bos>` is put in front, and decoding gives the text back."""
-    from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, processors
-    from transformers import PreTrainedTokenizerFast
-
-    ids = {token: i for i, token in enumerate(vocabulary())}
-    raw = Tokenizer(models.WordLevel(ids))
-    raw.pre_tokenizer = pre_tokenizers.Split(Regex(_PIECE), behavior="isolated")
-    raw.post_processor = processors.TemplateProcessing(single="<bos> $A", special_tokens=[("<bos>", ids["<bos>"])])
-    raw.decoder = decoders.Fuse()
-    return PreTrainedTokenizerFast(
-        tokenizer_object=raw,
-        bos_token="<bos>",
-        eos_token="<eos>",
-        pad_token="<pad>",
-        model_max_length=LONGEST,
-        clean_up_tokenization_spaces=False,
-    )
+    return word_level(vocabulary(), _PIECE, longest=LONGEST)
 
 
 def encode(stories: Sequence[Story], *, whole: bool = False) -> dict[str, "torch.Tensor"]:

@@ -20,6 +20,8 @@ from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 
+from finetune_lens.tasks.word_level import word_level
+
 if TYPE_CHECKING:
     import torch
     from transformers import PreTrainedTokenizerFast
@@ -94,21 +96,7 @@ def prompts(n: int, generator: np.random.Generator, *, part: Split = "test") -> 
 
 def tokenizer() -> "PreTrainedTokenizerFast":
     """One token a letter, one a task; `<bos>` is put in front; decoding gives the text back without spaces."""
-    from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, processors
-    from transformers import PreTrainedTokenizerFast
-
-    raw = Tokenizer(models.WordLevel(dict(_ID)))  # no unknown token: a letter outside the vocabulary has no reading
-    raw.pre_tokenizer = pre_tokenizers.Split(Regex("<[a-z]+>|."), behavior="isolated")
-    raw.post_processor = processors.TemplateProcessing(single="<bos> $A", special_tokens=[("<bos>", _ID["<bos>"])])
-    raw.decoder = decoders.Fuse()
-    return PreTrainedTokenizerFast(
-        tokenizer_object=raw,
-        bos_token="<bos>",
-        eos_token="<eos>",
-        pad_token="<pad>",
-        model_max_length=2 * LENGTH + 4,
-        clean_up_tokenization_spaces=False,
-    )
+    return word_level(VOCABULARY, "<[a-z]+>|.", longest=2 * LENGTH + 4)
 
 
 def encode(items: Sequence[Item]) -> dict[str, "torch.Tensor"]:
