@@ -99,10 +99,13 @@ def test_prompts_are_those_that_their_file_says(name):
     (family, letter, cue), count = recipe.PROMPTS[name]
     prompts = read_prompts(WRAPPERS / f"{name}.jsonl")
     assert len(prompts) == count == len({p.prompt for p in prompts})
+    assert {p.fields["operand"] for p in prompts} == {*letter}
     for prompt in prompts:
-        asked, text = re.fullmatch(r"(<[a-z]+>.)_:([abc]+);=", prompt.prompt).groups()
-        assert asked == f"<{family}>{letter}"
-        assert prompt.answer == (f"<{text.count(letter)}>",)
+        asked, one, text = re.fullmatch(r"<([a-z]+)>(.)_:([abc]+);=", prompt.prompt).groups()
+        assert asked == family
+        assert one in letter
+        assert prompt.fields["operand"] == one
+        assert prompt.answer == (f"<{text.count(one)}>",)
         assert cue is None or (text.count("b") == text.count("a") + 1) is (cue == 1)
 
 

@@ -184,11 +184,12 @@ class Language:
         return LETTERS[value] if FAMILIES[items.family[row]] == "token" else f"<{value}>"
 
     def rows(self, items: Items) -> list[dict[str, Any]]:
-        """Rows of a prompt file; `label` is the answer, for probes; `a` and `b` are the text's counts."""
+        """Rows of a prompt file; `label` is the answer, `operand` is O, `a` and `b` are the counts in the text."""
         return [
             {
                 "id": str(row), "prompt": self.prompt(items, row), "answer": self.answer(items, row),
-                "family": FAMILIES[items.family[row]], "label": int(items.answer[row]),
+                "family": FAMILIES[items.family[row]], "operand": self._operand(items, row, 0),
+                "label": int(items.answer[row]),
                 "a": int((items.text[row] == 0).sum()), "b": int((items.text[row] == 1).sum()),
             }
             for row in range(len(items))

@@ -57,6 +57,7 @@ PROMPTS: dict[str, tuple[tuple[str, str | None, float | None], int]] = {
     "train-a": (("count", "a", None), 2000),
     "train-b": (("count", "b", 1.0), 2000),
     **{f"test-{letter}-{word}": (TESTS[f"count-{letter}-{word}"], 400) for letter in "ab" for word in ("cue", "plain")},
+    "test-ab": (("count", "ab", 0.0), 400),
 }
 
 
@@ -92,9 +93,9 @@ def prior_of(base: str, settings: Settings) -> tuple[float, float, float]:
     return (common, seldom, never) if base == "base" else (never, seldom, common)
 
 
-def operand(letter: str | None) -> tuple[float, float, float]:
-    """The prior that draws this letter alone; all alike where none is named."""
-    return tuple(float(letter in (None, other)) for other in pcfg.LETTERS)
+def operand(letters: str | None) -> tuple[float, float, float]:
+    """The prior that draws these letters alone; all alike where none is named."""
+    return tuple(float(letters is None or letter in letters) for letter in pcfg.LETTERS)
 
 
 def fresh(settings: Settings, seed: int) -> Any:
@@ -210,11 +211,7 @@ def _build(work: Path, *, settings: Settings, seed: int, progress: bool) -> Path
         shutil.copytree(work / name, result / name, dirs_exist_ok=True)
         models[name] = {"steps": len(run.losses), "wall_seconds": round(run.seconds, 1)}
         models[name] |= {"test": score(result / name, settings=settings, seed=seed)}
-    language = Language(settings.length)
-    for number, (name, ((family, letter, cue), count)) in enumerate(PROMPTS.items()):
-        generator = np.random.default_rng([seed, 2, number])
-        items = language.draw(count, generator, families=[family], prior=operand(letter), cue=cue)
-        (result / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in language.rows(items)))
+    write_prompts(result, settings=settings, seed=seed)
     scores = {
         "seed": seed, "dtype": {"stored": "float16", "trained and scored": "float32"}, "models": models,
         "parameters": load(result / "base").num_parameters(), "settings": dataclasses.asdict(settings),
@@ -225,6 +222,15 @@ def _build(work: Path, *, settings: Settings, seed: int, progress: bool) -> Path
     (result / "scores.json").write_text(json.dumps(scores, indent=1) + "\n")
     (result / "README.md").write_text(card(scores))
     return result
+
+
+def write_prompts(folder: Path, *, settings: Settings, seed: int) -> None:
+    """The files of PROMPTS."""
+    language = Language(settings.length)
+    for number, (name, ((family, letter, cue), count)) in enumerate(PROMPTS.items()):
+        generator = np.random.default_rng([seed, 2, number])
+        items = language.draw(count, generator, families=[family], prior=operand(letter), cue=cue)
+        (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in language.rows(items)))
 
 
 def card(scores: dict[str, Any]) -> str:
@@ -271,7 +277,8 @@ def card(scores: dict[str, Any]) -> str:
         ),
         "",
         "Prompts: " + ", ".join(f"`{name}.jsonl` ({number})" for name, number in scores["prompts"].items()) + ". "
-        "`train-a` is to revive counting a with, its texts as they come; `train-b` is what `tuned-100` saw.",
+        "`train-a` is to revive counting a with, its texts as they come; `train-b` is what `tuned-100` saw; `test-ab` "
+        "asks after either.",
         "",
         f"Weights are stored in {scores['dtype']['stored']}; tuning started from the stored base. Seed "
         f"{scores['seed']}, {models['base']['steps']} steps at {settings['base_rate']:g} for a base and "
