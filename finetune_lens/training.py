@@ -4,7 +4,11 @@ Whatever is random in a step (the batch, dropout) comes from a generator seeded 
 is a function of the step alone, so a run is decided by its arguments and nothing has to be replayed to continue it. Bit
 for bit holds on one machine with one number of threads.
 
+A loss or a gradient that is not finite ends the run before it is applied, and the model goes back to where it last was
+good (`Diverged`).
+
 Cost: that of the forward and backward passes; a checkpoint holds the trainable parameters and the optimizer's state.
+Memory: model, gradient and optimizer's state, and a copy of the trainable parameters.
 
 >>> import torch
 >>> class Line(torch.nn.Module):
@@ -24,10 +28,10 @@ import hashlib
 import json
 import math
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -49,8 +53,25 @@ class Run:
     """
 
     losses: np.ndarray
-    scores: dict[int, float]
+    scores: dict[int, Any]
     seconds: float
+
+
+class Diverged(FloatingPointError):
+    """The loss or the gradient of a step was not finite.
+
+    Attributes:
+        step: that step; it was not taken.
+        kept: how many steps the model has had now: those until the last evaluation that a finite step followed.
+        run: up to `step`.
+    """
+
+    def __init__(self, what: str, step: int, kept: int, run: Run):
+        super().__init__(
+            f"{what} at step {step}: the learning rate is too high, or the data hold what is not a number; the model "
+            f"is put back to where it was after {kept} steps"
+        )
+        self.step, self.kept, self.run = step, kept, run
 
 
 def train(
@@ -63,12 +84,13 @@ def train(
     warmup: int = 0,
     weight_decay: float = 0.0,
     optimizer: Literal["adamw", "sgd"] = "adamw",
+    momentum: float = 0.0,
     l1: float = 0.0,
     clip: float = 1.0,
     seed: int = 0,
-    evaluate: Callable[[], float] | None = None,
+    evaluate: Callable[[], float | np.ndarray] | None = None,
     target: float = math.inf,
-    every: int = 100,
+    every: int | Iterable[int] = 100,
     checkpoint: Path | None = None,
     progress: bool = True,
 ) -> Run:
@@ -80,16 +102,20 @@ def train(
         steps: updates to make, unless `target` is reached before.
         learning_rate: the highest one, reached after `warmup` steps and held ("constant") or brought down towards 0.
         weight_decay: decoupled for "adamw"; on matrices only, not on norms and biases.
-        optimizer: "adamw" has β = (.9, .99), suited to short runs; "sgd" has no momentum.
+        optimizer: "adamw" has β = (.9, .99), suited to short runs.
+        momentum: of "sgd".
         l1: weight of the term ‖θ − θ0‖₁ added to the loss, over the trainable parameters θ, which start at θ0.
         clip: the largest norm of the gradient.
-        evaluate: called every `every` steps and after the last; its value is kept in `Run.scores`.
-        target: the run ends at the first evaluation that is at least this.
-        checkpoint: file that is written every `every` steps and after the last. A run with the same arguments, starting
-            weights and first batch continues from it; any other run starts anew and overwrites it.
+        evaluate: called after the steps that `every` says; its number, or array of numbers, is kept in `Run.scores`.
+        target: the run ends at the first evaluation that is at least this; of an array its mean.
+        every: evaluations are every so many steps, or after these numbers of steps (0: before the first); and after the
+            last.
+        checkpoint: file that is written whenever there is an evaluation, or would be. A run with the same arguments,
+            starting weights and first batch continues from it; any other run starts anew and overwrites it.
 
     Raises:
-        FloatingPointError: the loss is no longer finite.
+        Diverged: the loss or the gradient is not finite. The optimizer has not seen it, and the model is back at its
+            last evaluation, or at the start where none came before.
     """
     trainable = {name: p for name, p in model.named_parameters() if p.requires_grad}
     groups = [
@@ -97,61 +123,86 @@ def train(
         {"params": [p for p in trainable.values() if p.ndim < 2], "weight_decay": 0.0},
     ]
     groups = [group for group in groups if group["params"]]
-    stepper = torch.optim.SGD(groups) if optimizer == "sgd" else torch.optim.AdamW(groups, betas=(0.9, 0.99))
+    stepper = (
+        torch.optim.SGD(groups, momentum=momentum)
+        if optimizer == "sgd"
+        else torch.optim.AdamW(groups, betas=(0.9, 0.99))
+    )
+    due = {*(range(every, steps, every) if isinstance(every, int) else map(int, every)), steps}
     # Before a checkpoint is read: a run that continues is held to where it started, not to where it stopped.
     started = {name: p.detach().clone() for name, p in trainable.items()} if l1 else {}
     losses: list[float] = []
-    scores: dict[int, float] = {}
+    scores: dict[int, Any] = {}
     seconds = 0.0
+    kept, good = 0, _copied(model)
 
     identity = ""
     if checkpoint is not None:
-        settings = (steps, learning_rate, schedule, warmup, weight_decay, optimizer, l1, clip, seed, target, every)
+        settings = (steps, learning_rate, schedule, warmup, weight_decay, optimizer, momentum, l1, clip)
+        settings += (seed, target, sorted(due))
         identity = _identity(settings, list(trainable), model, batch(0, np.random.default_rng([seed, 0])))
         if checkpoint.exists():
             saved = torch.load(checkpoint, weights_only=True, map_location="cpu")
             if saved["identity"] == identity:
                 model.load_state_dict(saved["model"], strict=False)
                 stepper.load_state_dict(saved["optimizer"])
-                losses, scores, seconds = saved["losses"], saved["scores"], saved["seconds"]
+                losses, seconds = saved["losses"], saved["seconds"]
+                scores = {n: s.numpy() if isinstance(s, torch.Tensor) else s for n, s in saved["scores"].items()}
 
     start = time.perf_counter() - seconds
+
+    def look() -> None:
+        nonlocal seconds
+        if evaluate is not None:
+            model.eval()
+            score = evaluate()
+            scores[len(losses)] = score if isinstance(score, np.ndarray) else float(score)
+        seconds = time.perf_counter() - start
+        if checkpoint is not None:
+            told = {n: torch.from_numpy(s) if isinstance(s, np.ndarray) else s for n, s in scores.items()}
+            state = {"identity": identity, "losses": losses, "scores": told, "seconds": seconds}
+            state |= {"model": _moving(model), "optimizer": stepper.state_dict()}
+            with whole_file(checkpoint) as path:
+                torch.save(state, path)
+
     was_training = model.training
     devices = sorted({p.device for p in trainable.values() if p.device.type == "cuda"}, key=str)
     with (
         torch.random.fork_rng(devices=devices),
         tqdm(total=steps, initial=len(losses), disable=not progress, unit="step") as bar,
     ):
-        while len(losses) < steps and not (scores and max(scores.values()) >= target):
-            step = len(losses)
-            generator = np.random.default_rng([seed, step])
-            torch.manual_seed(int(generator.integers(2**63)))
-            for group in stepper.param_groups:
-                group["lr"] = learning_rate * _scale(step, steps, schedule, warmup)
-            model.train()
-            loss = model(**batch(step, generator))["loss"]
-            if l1:
-                loss = loss + l1 * sum((p - started[name]).abs().sum() for name, p in trainable.items())
-            loss.backward()
-            torch.nn.utils.clip_grad_norm_(trainable.values(), clip)
-            stepper.step()
+        try:
+            if 0 in due and not losses and 0 not in scores:
+                look()
+            while len(losses) < steps and not any(np.mean(score) >= target for score in scores.values()):
+                step = len(losses)
+                generator = np.random.default_rng([seed, step])
+                torch.manual_seed(int(generator.integers(2**63)))
+                for group in stepper.param_groups:
+                    group["lr"] = learning_rate * _scale(step, steps, schedule, warmup)
+                model.train()
+                loss = model(**batch(step, generator))["loss"]
+                if l1:
+                    loss = loss + l1 * sum((p - started[name]).abs().sum() for name, p in trainable.items())
+                loss.backward()
+                norm = torch.nn.utils.clip_grad_norm_(trainable.values(), clip).item()
+                value = loss.item()
+                if not (math.isfinite(value) and math.isfinite(norm)):
+                    model.load_state_dict(good, strict=False)
+                    what = f"the gradient's norm is {norm}" if math.isfinite(value) else f"the loss is {value}"
+                    raise Diverged(what, step, kept, Run(np.array(losses), scores, time.perf_counter() - start))
+                if step in due:  # from here a finite step leads on: only now is what was evaluated known to be good
+                    kept, good = step, _copied(model)
+                stepper.step()
+                stepper.zero_grad()
+                losses.append(value)
+                bar.set_postfix_str(f"loss {losses[-1]:.3f}", refresh=False)
+                bar.update()
+                if len(losses) in due:
+                    look()
+        finally:
             stepper.zero_grad()
-            losses.append(loss.item())
-            if not math.isfinite(losses[-1]):
-                raise FloatingPointError(f"the loss is {losses[-1]} at step {step}: the learning rate is too high")
-            bar.set_postfix_str(f"loss {losses[-1]:.3f}", refresh=False)
-            bar.update()
-            if len(losses) % every == 0 or len(losses) == steps:
-                if evaluate is not None:
-                    model.eval()
-                    scores[len(losses)] = float(evaluate())
-                seconds = time.perf_counter() - start
-                if checkpoint is not None:
-                    state = {"identity": identity, "losses": losses, "scores": scores, "seconds": seconds}
-                    state |= {"model": _moving(model), "optimizer": stepper.state_dict()}
-                    with whole_file(checkpoint) as path:
-                        torch.save(state, path)
-    model.train(was_training)
+            model.train(was_training)
     return Run(np.array(losses), scores, seconds)
 
 
@@ -165,8 +216,12 @@ def _scale(step: int, steps: int, schedule: str, warmup: int) -> float:
 
 def _moving(model: torch.nn.Module) -> dict[str, torch.Tensor]:
     """All state but the frozen parameters."""
-    frozen = {name for name, p in model.named_parameters() if not p.requires_grad}
+    frozen = {name for name, p in model.named_parameters(remove_duplicate=False) if not p.requires_grad}
     return {name: tensor for name, tensor in model.state_dict().items() if name not in frozen}
+
+
+def _copied(model: torch.nn.Module) -> dict[str, torch.Tensor]:
+    return {name: tensor.clone() for name, tensor in _moving(model).items()}
 
 
 def _identity(settings: tuple, trainable: list[str], model: torch.nn.Module, first: Batch) -> str:

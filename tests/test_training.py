@@ -1,10 +1,12 @@
 """The training loop: seeded, resumable bit for bit, never a mixture of two runs."""
 
+import warnings
+
 import numpy as np
 import pytest
 import torch
 
-from finetune_lens.training import train
+from finetune_lens.training import Diverged, train
 
 
 class Net(torch.nn.Module):
@@ -219,9 +221,173 @@ def test_the_model_is_in_the_mode_it_came_in(training):
     assert model.training is training
 
 
-def test_a_loss_that_is_not_finite_is_an_error():
-    def broken(step, generator):
-        return batch(step, generator) | ({"y": torch.full((32,), torch.nan)} if step == 3 else {})
+@pytest.mark.parametrize("momentum", [0.0, 0.5, 0.9])
+def test_momentum(momentum):
+    model = Slope()  # gradient −1
+    options = {"schedule": "constant", "optimizer": "sgd", "momentum": momentum, "progress": False}
+    train(model, lambda step, generator: {}, steps=5, learning_rate=0.1, **options)
+    velocity = at = 0.0
+    for _ in range(5):
+        velocity = momentum * velocity + 1
+        at += 0.1 * velocity
+    assert model.w.item() == pytest.approx(at, rel=1e-5)
 
-    with pytest.raises(FloatingPointError, match="step 3"):
-        train(net(), broken, **OPTIONS)
+
+def test_another_momentum_or_other_evaluations_start_anew(tmp_path):
+    options = OPTIONS | {"optimizer": "sgd", "evaluate": lambda: 0.0, "checkpoint": tmp_path / "state.pt"}
+    train(net(), batch, **options)
+    fresh, other = net(), net()
+    train(fresh, batch, **OPTIONS | {"optimizer": "sgd", "momentum": 0.5})
+    train(other, batch, **options | {"momentum": 0.5})
+    assert same(fresh, other)
+    assert list(train(net(), batch, **options | {"momentum": 0.5, "every": [3]}).scores) == [3, 12]
+
+
+def test_evaluations_after_chosen_steps():
+    model, start = net(), net()
+    seen = []
+
+    def look():
+        assert not model.training
+        seen.append({name: tensor.clone() for name, tensor in model.state_dict().items()})
+        return len(seen)
+
+    run = train(model, batch, evaluate=look, **OPTIONS | {"every": [0, 1, 5, 50]})
+    assert run.scores == {0: 1.0, 1: 2.0, 5: 3.0, 12: 4.0}, "at 0, before the first, and after the last in any case"
+    assert all(torch.equal(tensor, seen[0][name]) for name, tensor in start.state_dict().items())
+    assert all(torch.equal(tensor, seen[3][name]) for name, tensor in model.state_dict().items())
+    after_one = net()
+    train(after_one, batch, **OPTIONS | {"every": [1]}, target=0.0, evaluate=lambda: 0.0)
+    assert all(torch.equal(tensor, seen[1][name]) for name, tensor in after_one.state_dict().items())
+
+
+def test_no_steps_change_nothing_and_are_evaluated():
+    model, start = net(), net()
+    assert train(model, batch, evaluate=lambda: 0.25, **OPTIONS | {"steps": 0}).scores == {0: 0.25}
+    assert same(model, start)
+
+
+def test_evaluations_that_are_arrays(tmp_path):
+    def look():
+        seen.append(1)
+        return np.array([[len(seen), 0.0], [np.nan, 1.0]], dtype=np.float32)
+
+    options = OPTIONS | {"evaluate": look, "every": [0, 3, 8]}
+    seen = []
+    expected = train(net(), batch, **options).scores
+    seen = []
+    with pytest.raises(Interrupted):
+        train(net(), interrupted_at(7), checkpoint=tmp_path / "state.pt", **options)
+    got = train(net(), batch, checkpoint=tmp_path / "state.pt", **options).scores
+    assert list(got) == list(expected) == [0, 3, 8, 12]
+    for step in got:
+        np.testing.assert_array_equal(got[step], expected[step], strict=True)
+        assert got[step].shape == (2, 2)
+    means = iter([0.4, 0.5, 0.6])
+    run = train(net(), batch, evaluate=lambda: next(means) + np.array([-0.1, 0.1]), target=0.45, **OPTIONS)
+    assert list(run.scores) == [4, 8], "of an array the mean reaches the target"
+
+
+@pytest.mark.parametrize(("optimizer", "momentum"), [("adamw", 0.0), ("sgd", 0.9)])
+@pytest.mark.parametrize("trained", ["all", "lora"])
+def test_an_interrupted_language_model_ends_bit_for_bit(library, tmp_path, optimizer, momentum, trained):
+    def fresh():
+        model = library.fresh("llama-bias-tied").requires_grad_(True)
+        if trained == "lora":
+            from peft import LoraConfig, get_peft_model
+
+            torch.manual_seed(5)
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # what PEFT uses of transformers is deprecated
+                model = get_peft_model(model, LoraConfig(r=2, lora_dropout=0.1, target_modules=["q_proj", "down_proj"]))
+        return model
+
+    def words(step, generator):
+        ids = torch.from_numpy(generator.integers(3, 40, size=(4, 6)))
+        if step == stop:
+            raise Interrupted
+        return {"input_ids": ids, "labels": ids}
+
+    options = OPTIONS | {"optimizer": optimizer, "momentum": momentum, "steps": 8, "every": [0, 1, 3, 6]}
+    file = tmp_path / "state.pt"
+    stop, whole, again, resumed = None, fresh(), fresh(), fresh()
+    start = {name: tensor.clone() for name, tensor in whole.state_dict().items()}
+    expected = train(whole, words, **options)
+    stop = 5
+    with pytest.raises(Interrupted):
+        train(again, words, checkpoint=file, **options)
+    stop = 2  # not drawn again
+    got = train(resumed, words, checkpoint=file, **options)
+    assert same(whole, resumed)
+    assert np.array_equal(expected.losses, got.losses)
+    moved = {name for name, tensor in whole.state_dict().items() if not torch.equal(tensor, start[name])}
+    assert all(("lora_" in name) == (trained == "lora") for name in moved)
+    assert moved
+    held = set(torch.load(file, weights_only=True)["model"])
+    assert (held == moved) if trained == "lora" else (held >= moved), "what is frozen is not in the checkpoint"
+
+
+def poisoned(at):
+    return lambda step, g: batch(step, g) | ({"y": torch.full((32,), torch.nan)} if step == at else {})
+
+
+@pytest.mark.parametrize(("at", "every", "kept"), [(6, 4, 4), (3, 4, 0), (4, 4, 0), (7, [0, 2, 5], 5), (0, 4, 0)])
+def test_divergence_puts_the_model_back(at, every, kept):
+    """To the last evaluation that a finite step followed, or to the start."""
+    model, other = net(), net()
+    if kept:
+        train(other, batch, **OPTIONS | {"every": [kept]}, evaluate=lambda: 1.0, target=1.0)
+    with pytest.raises(Diverged, match=rf"the loss is nan at step {at}.*after {kept} steps") as caught:
+        train(model.train(), poisoned(at), evaluate=lambda: 0.5, **OPTIONS | {"every": every})
+    assert same(model, other)
+    assert model.training
+    assert all(p.grad is None for p in model.parameters())
+    assert "\n" not in str(caught.value)
+    assert (caught.value.step, caught.value.kept) == (at, kept)
+    whole = train(net(), batch, **OPTIONS)
+    assert np.array_equal(caught.value.run.losses, whole.losses[:at])
+    every = every if isinstance(every, list) else range(every, at + 1, every)
+    assert list(caught.value.run.scores) == [step for step in every if step <= at]
+
+
+class Root(torch.nn.Module):
+    """√w at 0: the loss is 0, its slope is infinite."""
+
+    def __init__(self):
+        super().__init__()
+        self.w = torch.nn.Parameter(torch.zeros(()))
+
+    def forward(self):
+        return {"loss": self.w.sqrt()}
+
+
+def test_a_gradient_that_is_not_finite_is_not_applied():
+    model = Root()
+    with pytest.raises(Diverged, match="gradient's norm is inf at step 0"):
+        train(model, lambda step, generator: {}, steps=3, learning_rate=0.1, progress=False)
+    assert model.w.item() == 0.0
+
+
+class Cliff(torch.nn.Module):
+    """Finite at 1, infinite where a step leads."""
+
+    def __init__(self):
+        super().__init__()
+        self.w = torch.nn.Parameter(torch.ones(()))
+
+    def forward(self):
+        return {"loss": self.w.log()}
+
+
+def test_an_evaluated_state_that_is_no_good_is_not_what_is_kept(tmp_path):
+    """A step leads to w = 0, which is evaluated; its loss is not finite, so that the model is put back to the start."""
+    options = {"schedule": "constant", "optimizer": "sgd", "every": 1, "clip": 2.0, "progress": False}
+    for _ in range(2):  # the second continues from the checkpoint of the evaluation
+        model = Cliff()
+        with pytest.raises(Diverged, match="-inf at step 1") as caught:
+            train(
+                model, lambda step, generator: {}, steps=3, learning_rate=1.0, checkpoint=tmp_path / "state.pt",
+                evaluate=lambda model=model: model.w.item(), **options,
+            )  # fmt: skip
+        assert model.w.item() == 1.0
+        assert caught.value.run.scores == {1: 0.0}
