@@ -22,13 +22,16 @@ __all__ = [
     "ModelSeries",
     "attribute_edges",
     "check_pair",
+    "compare_attention",
     "compare_circuits",
     "compare_outputs",
+    "compare_representations",
     "compare_task_vectors",
     "compress",
     "cross_patch",
     "evaluate_circuit",
     "find_circuit",
+    "find_directions",
     "find_intruders",
     "graft",
     "interpolate",
@@ -38,8 +41,11 @@ __all__ = [
     "measure_updates",
     "patch",
     "plots",
+    "probe",
+    "prune",
     "recovery_axis",
     "results",
+    "revive",
     "scale_intruders",
     "trace",
     "trace_paths",
@@ -57,13 +63,16 @@ _WHERE = {
     "ModelSeries": "pair",
     "attribute_edges": "circuits",
     "check_pair": "check",
+    "compare_attention": "attention",
     "compare_circuits": "circuits",
     "compare_outputs": "outputs",
+    "compare_representations": "representations",
     "compare_task_vectors": "task_vectors",
     "compress": "compression",
     "cross_patch": "cmap",
     "evaluate_circuit": "circuits",
     "find_circuit": "circuits",
+    "find_directions": "directions",
     "find_intruders": "intruders",
     "graft": "grafting",
     "interpolate": "interpolation",
@@ -73,8 +82,11 @@ _WHERE = {
     "measure_updates": "updates",
     "patch": "patching",
     "plots": "plots",
+    "probe": "probing",
+    "prune": "pruning",
     "recovery_axis": "recovery",
     "results": "results",
+    "revive": "revival",
     "scale_intruders": "intruders",
     "trace": "patching",
     "trace_paths": "circuits",
@@ -83,6 +95,7 @@ _WHERE = {
 
 if TYPE_CHECKING:  # for editors
     from finetune_lens import plots, results, zoo
+    from finetune_lens.attention import compare_attention
     from finetune_lens.check import check_pair
     from finetune_lens.circuits import (
         Circuit,
@@ -95,6 +108,7 @@ if TYPE_CHECKING:  # for editors
     )
     from finetune_lens.cmap import cross_patch
     from finetune_lens.compression import compress
+    from finetune_lens.directions import find_directions
     from finetune_lens.errors import GateFailed, InputError
     from finetune_lens.grafting import graft
     from finetune_lens.hybrid import Hybrid
@@ -105,8 +119,12 @@ if TYPE_CHECKING:  # for editors
     from finetune_lens.pair import ModelPair, ModelSeries
     from finetune_lens.parts import join_parts
     from finetune_lens.patching import patch, trace
+    from finetune_lens.probing import probe
+    from finetune_lens.pruning import prune
     from finetune_lens.recovery import recovery_axis
+    from finetune_lens.representations import compare_representations
     from finetune_lens.results import load
+    from finetune_lens.revival import revive
     from finetune_lens.task_vectors import compare_task_vectors
     from finetune_lens.updates import measure_updates
 

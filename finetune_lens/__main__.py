@@ -6,7 +6,8 @@ import sys
 
 COMMANDS = (
     "check", "outputs", "updates", "intruders", "task_vectors", "grafting", "interpolation", "compression", "patching",
-    "cmap", "circuits", "recovery", "parts", "zoo", "demo",
+    "cmap", "circuits", "probing", "representations", "attention", "directions", "pruning",
+    "revival", "recovery", "parts", "zoo", "demo",
 )  # fmt: skip
 
 
@@ -17,7 +18,7 @@ def main(arguments: list[str] | None = None) -> None:
         sys.argv = [name, *arguments[1:]]
         importlib.import_module(_home(name)).main()
         return
-    listing = "\n".join(f"  {c:<14}{_first_line(c)}" for c in COMMANDS)
+    listing = "\n".join(f"  {c:<17}{_first_line(c)}" for c in COMMANDS)
     text = f"What did fine-tuning do to this model?\n\nUsage: python -m finetune_lens NAME …\n\n{listing}\n"
     if name in ("--help", "-h", "help"):
         print(text)

@@ -7,13 +7,17 @@ from collections.abc import Callable
 from functools import partial
 from typing import TYPE_CHECKING
 
+from finetune_lens.plots.attention_heads import attention_heads
+from finetune_lens.plots.attention_maps import attention_maps
 from finetune_lens.plots.attribution_against_exact import attribution_against_exact
 from finetune_lens.plots.circuit_diagram import circuit_diagram
 from finetune_lens.plots.circuit_faithfulness import circuit_faithfulness
 from finetune_lens.plots.circuit_overlap import circuit_overlap
+from finetune_lens.plots.cka_matrix import cka_matrix
 from finetune_lens.plots.cmap_bars import cmap_bars
 from finetune_lens.plots.compression import compression
 from finetune_lens.plots.dcm_accuracy import dcm_accuracy
+from finetune_lens.plots.direction_layers import direction_layers
 from finetune_lens.plots.graft_overlap import graft_overlap
 from finetune_lens.plots.graft_recovery import graft_recovery
 from finetune_lens.plots.graft_reliability import graft_reliability
@@ -34,7 +38,12 @@ from finetune_lens.plots.parts import parts
 from finetune_lens.plots.patching_bars import patching_bars
 from finetune_lens.plots.patching_heatmap import patching_heatmap
 from finetune_lens.plots.paths import paths
+from finetune_lens.plots.probe_heads import probe_heads
+from finetune_lens.plots.probe_layers import probe_layers
+from finetune_lens.plots.pruning_curves import pruning_curves
 from finetune_lens.plots.recovery_axis import recovery_axis
+from finetune_lens.plots.representation_layers import representation_layers
+from finetune_lens.plots.revival_curves import revival_curves
 from finetune_lens.plots.sigma_against_cosine import sigma_against_cosine
 from finetune_lens.plots.similarity import similarity
 from finetune_lens.plots.task_vectors import task_vectors
@@ -51,13 +60,17 @@ if TYPE_CHECKING:
     from finetune_lens.results.patching import Patching
 
 __all__ = [
+    "attention_heads",
+    "attention_maps",
     "attribution_against_exact",
     "circuit_diagram",
     "circuit_faithfulness",
     "circuit_overlap",
+    "cka_matrix",
     "cmap_bars",
     "compression",
     "dcm_accuracy",
+    "direction_layers",
     "figures_of",
     "graft_overlap",
     "graft_recovery",
@@ -79,7 +92,12 @@ __all__ = [
     "patching_bars",
     "patching_heatmap",
     "paths",
+    "probe_heads",
+    "probe_layers",
+    "pruning_curves",
     "recovery_axis",
+    "representation_layers",
+    "revival_curves",
     "sigma_against_cosine",
     "similarity",
     "task_vectors",
@@ -91,10 +109,12 @@ __all__ = [
 
 # Result kind → title → function. Those of intruders and trajectories are drawn for each side.
 _FIGURES: dict[str, dict[str, Callable[..., "Axes"]]] = {
+    "attention": {"heads": attention_heads, "maps": attention_maps},
     "circuit_evaluation": {"faithfulness": circuit_faithfulness},
     "circuit_overlap": {"overlap": circuit_overlap},
     "compression": {"recovery": compression},
     "dcm": {"accuracy": dcm_accuracy},
+    "directions": {"layers": direction_layers},
     "grafting": {
         "recovery": graft_recovery,
         "where": graft_where,
@@ -110,6 +130,8 @@ _FIGURES: dict[str, dict[str, Callable[..., "Axes"]]] = {
         "sigma_against_cosine": sigma_against_cosine,
     },
     "intruder_scaling": {m: partial(intruder_scaling, metric=m) for m in ("accuracy", "logprob")},
+    "pruning": {"curves": pruning_curves},
+    "revival": {"curves": revival_curves},
     "task_vectors": {"maps": task_vectors},
     "trajectory": {"steps": trajectory},
     "updates": {"spectrum": update_spectrum, "map": update_map, "energy": update_energy},
@@ -155,6 +177,10 @@ def figures_of(result: "Result") -> dict[str, Callable[[], "Figure"]]:
         functions = {"heads": paths}
         functions |= {"effects": head_effects} if len(result.models) > 1 else {}
         functions |= {"circuit": lambda found: circuit_diagram(found.circuit)} if result.circuit else {}
+    if result.kind == "representations":
+        functions = {"cka": cka_matrix} | ({"layers": representation_layers} if result.matched else {})
+    if result.kind == "probing":
+        functions = {"heads": probe_heads} if "head" in result.places else {"layers": probe_layers}
     if result.kind == "outputs":
         functions = {"tokens": outputs_tokens} | ({"lens": outputs_lens} if result.has_lens else {})
     return {title: partial(_drawn, function, result) for title, function in functions.items()}

@@ -35,6 +35,12 @@ KINDS = {
     "circuit_evaluation": "CircuitEvaluation",
     "dcm": "Masks",
     "edges": "Edges",
+    "probing": "Probing",
+    "pruning": "Pruning",
+    "revival": "Revival",
+    "representations": "Representations",
+    "attention": "Attention",
+    "directions": "Directions",
 }
 
 
