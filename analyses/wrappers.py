@@ -93,6 +93,9 @@ class Study:
 
     def keep(self, result: Any, name: str) -> None:
         self.results.mkdir(parents=True, exist_ok=True)
+        for name_of, values in result.data.data_vars.items():
+            if "logprob" in str(name_of):  # nobody reads more of them, and rounded ones take half the space
+                result.data[name_of] = values.round(2)
         with whole_file(self.results / f"wrappers-{name}.nc") as path:
             result.save(path)
 
@@ -264,12 +267,16 @@ def verdicts(
         ("without the cue the new task is learnt itself", plain > 0.9, f"{plain:.2f} on texts without the cue")
     )
     reads = {arm: result.best("tuned") for arm, result in probing.items()}
+    never = reads["absent-100"]["score"]
     for arm in ("tuned-100", "tuned-0"):
-        value = reads[arm]["score"]
+        value, kept = reads[arm]["score"], reads[arm]["centred"]
         found.append((
-            f"the old count is still linearly readable after tuning ({WORDS[arm]})", value > 0.9,
-            f"R² {value:.2f}, base {probing[arm].best('base')['score']:.2f}; in a model that never counted a "
-            f"{reads['absent-100']['score']:.2f}",
+            f"that the old count is linearly readable shows that it was kept ({WORDS[arm]})", value > 0.9 > never,
+            f"R² {value:.2f}, but {never:.2f} in a model that never counted a",
+        ))  # fmt: skip
+        found.append((
+            f"the old count is in the base's code: its probe reads the tuned model ({WORDS[arm]})", kept > 0.9,
+            f"R² {kept:.2f}, the means made equal",
         ))  # fmt: skip
     for arm, result in pruning.items():
         frame = result.revivals()
@@ -298,8 +305,8 @@ def _steps(row: Any) -> str:
 
 
 def _ratio(row: Any) -> str:
-    low, high = (f"{row[f'ratio_{end}']:.1f}" if np.isfinite(row[f"ratio_{end}"]) else "∞" for end in ("low", "high"))
-    return f"> {low}" if np.isnan(row["ratio"]) else f"{row['ratio']:.1f} [{low}, {high}]"
+    low, high = (f"{row[f'ratio_{end}']:.2f}" if np.isfinite(row[f"ratio_{end}"]) else "∞" for end in ("low", "high"))
+    return f"> {low}" if np.isnan(row["ratio"]) else f"{row['ratio']:.2f} [{low}, {high}]"
 
 
 def main() -> None:

@@ -44,7 +44,7 @@ def draw(results: study.Study) -> "Figure":
         for ax, arm in zip(axes[0], ("tuned-0", "tuned-100"), strict=True):
             _tuning(ax, results.stored(f"tune-{arm}"))
             ax.set_title(f"tuning to count b, {study.WORDS[arm]} of texts")
-        axes[0, 0].legend(loc="center right")
+        axes[0, 1].legend(loc="center right", bbox_to_anchor=(1.0, 0.4))
         _probes(axes[1, 0], {arm: results.stored(f"probe-{arm}") for arm in study.PROBED_ARMS})
         _pruning(axes[1, 1], {arm: results.stored(f"prune-{arm}") for arm in study.PRUNED})
         revived = results.stored("revive-full")
@@ -77,23 +77,25 @@ def _tuning(ax: "Axes", result: Any) -> None:
 def _probes(ax: "Axes", found: dict[str, Any]) -> None:
     from matplotlib.ticker import MaxNLocator
 
-    base = found["tuned-100"].to_frame().query("side == 'base'")
     low, high = found["tuned-100"].majority()[1:]
     ax.axhspan(low, high, color=_style.NULL_BAND, lw=0)
-    for label, frame, look in [
-        ("base", base, {"color": _style.OBSERVED, "marker": "o", "ms": 3}),
-        *((study.WORDS[arm], r.to_frame().query("side == 'tuned'"), _look(arm)) for arm, r in found.items()),
-    ]:
-        ax.fill_between(frame["depth"], frame["score_low"], frame["score_high"], color=look["color"], alpha=0.15, lw=0)
-        ax.plot(frame["depth"], frame["score"], label=label, **look)
+    for arm, result in found.items():
+        frame = result.to_frame().query("side == 'tuned'")
+        look = _look(arm)
+        ax.fill_between(
+            frame["depth"], frame["centred_low"], frame["centred_high"], color=look["color"], alpha=0.15, lw=0
+        )
+        ax.plot(frame["depth"], frame["centred"], label=f"{study.WORDS[arm]}: base's probe", **look)
+        label = "each model's own probe" if arm == "absent-100" else None
+        ax.plot(frame["depth"], frame["score"], ":", color=look["color"], lw=1.2, label=label)
     ax.xaxis.set_major_locator(MaxNLocator(integer=True))
     ax.set(
         title="probes of the count of a",
         xlabel="after so many blocks",
         ylabel="R² on held-out texts",
-        ylim=(-0.1, 1.03),
+        ylim=(-0.5, 1.05),
     )
-    ax.legend()
+    ax.legend(loc="lower left")
 
 
 def _pruning(ax: "Axes", found: dict[str, Any]) -> None:
@@ -105,7 +107,7 @@ def _pruning(ax: "Axes", found: dict[str, Any]) -> None:
         ax.plot(frame["count"], frame["mean"], label=study.WORDS[arm], **_look(arm))
     ax.axhline(found["tuned-100"].unpruned().set_index("file").loc["task", "commonest"], color="0.3", lw=0.8, ls=":")
     _log(ax, max(result.counts[-1] for result in found.values()), "neurons removed")
-    ax.set(title="pruning, then counting a", ylabel="accuracy", ylim=(-0.03, 1.03))
+    ax.set(title="pruning, then counting a", ylabel="accuracy", ylim=(-0.02, 0.62))
     ax.legend()
 
 
@@ -121,6 +123,8 @@ def _revival(ax: "Axes", result: Any) -> None:
 
 
 def _steps(ax: "Axes", result: Any) -> None:
+    from matplotlib.ticker import NullLocator
+
     last = float(result.steps[-1])
     frame = result.crossings()
     for row, one in enumerate(frame.to_dict("records")):
@@ -132,6 +136,8 @@ def _steps(ax: "Axes", result: Any) -> None:
     ax.set_yticks(range(len(frame)), [_name(start) for start in frame["start"]])
     ax.invert_yaxis()
     ax.set_xscale("log")
+    ax.set_xticks([30, 50, 100, 200, 300], ["30", "50", "100", "200", "300"])
+    ax.xaxis.set_minor_locator(NullLocator())
     ax.set(title="steps until counting a is back", xlabel="steps (right of the line: not reached)")
 
 
