@@ -1,5 +1,6 @@
 """What two models can do without a few of their weights."""
 
+from collections.abc import Sequence
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
@@ -75,16 +76,18 @@ class Pruning(Result):
     def _frame(self) -> "pd.DataFrame":
         import pandas as pd
 
-        rows = []
+        frames = []
         for file in self.files:
+            rows, means, changes = [], [], []
             for side in ("base", "tuned"):
                 unpruned = self.values(side=side, score="gradient", count=0, file=file)
                 for score in ("gradient", "magnitude", "random"):
                     for count in self.counts:
-                        values = self.values(side=side, score=score, count=count, file=file)
-                        row = {"file": file, "side": side, "score": score, "count": count}
-                        rows.append(row | _interval("", values) | _interval("change", values - unpruned))
-        return pd.DataFrame(rows)
+                        rows.append({"file": file, "side": side, "score": score, "count": count})
+                        means.append(self.values(side=side, score=score, count=count, file=file))
+                        changes.append(means[-1] - unpruned)
+            frames.append(pd.DataFrame(rows).assign(**_intervals("", means), **_intervals("change", changes)))
+        return pd.concat(frames, ignore_index=True)
 
     def to_frame(self) -> "pd.DataFrame":
         """A row a file, side, score and count: mean, and its change from the unpruned model, with intervals."""
@@ -211,9 +214,14 @@ class Pruning(Result):
 
 
 def _interval(name: str, values: np.ndarray) -> dict[str, float]:
-    low, high = stats.interval_of_mean(values)
+    return {key: float(column[0]) for key, column in _intervals(name, [values]).items()}
+
+
+def _intervals(name: str, values: Sequence[np.ndarray]) -> dict[str, np.ndarray]:
+    """Means of each, and their intervals, all drawn together."""
+    low, high = stats.interval_of_mean(np.stack(values))
     stem = f"{name}_" if name else ""
-    return {name or "mean": float(_mean(values)), f"{stem}low": float(low), f"{stem}high": float(high)}
+    return {name or "mean": np.array([_mean(v) for v in values]), f"{stem}low": low, f"{stem}high": high}
 
 
 def _side_row(row: dict[str, Any]) -> list[str]:

@@ -88,8 +88,14 @@ class Revival(Result):
         return self.files[0] if file is None else file
 
     @cached_property
-    def _drawn(self) -> dict[str, np.ndarray]:
-        return {file: _resampled(self.values(file=file)) for file in self.files}
+    def _kept(self) -> dict[str, np.ndarray]:
+        return {}
+
+    def _drawn(self, file: str) -> np.ndarray:
+        """Resampled means of a file, drawn once."""
+        if file not in self._kept:
+            self._kept[file] = _resampled(self.values(file=file))
+        return self._kept[file]
 
     def curves(self, file: str | None = None) -> "pd.DataFrame":
         """A row a start and step: mean accuracy over seeds and examples with its interval, and mean logprob."""
@@ -97,7 +103,7 @@ class Revival(Result):
 
         file = self._file(file)
         mean, logprob = (_over_runs(self.values(file=file, metric=m)) for m in ("accuracy", "logprob"))
-        drawn = self._drawn[file]
+        drawn = self._drawn(file)
         frames = []
         for row, start in enumerate(self.starts):
             low, high = stats.percentile_interval(drawn[row])
@@ -124,7 +130,7 @@ class Revival(Result):
         import pandas as pd
 
         file = self._file(file)
-        mean, drawn, last = _over_runs(self.values(file=file)), self._drawn[file], self.steps[-1]
+        mean, drawn, last = _over_runs(self.values(file=file)), self._drawn(file), self.steps[-1]
         tuned = self._tuned
         found = [steps_to(self.steps, curve, self.threshold) for curve in mean]
         resampled = [steps_to(self.steps, one.T, self.threshold) for one in drawn]
