@@ -22,6 +22,7 @@ bench: .venv/.dev
 	$(BIN)/python benchmarks/patching.py
 	$(BIN)/python benchmarks/grafting.py
 	$(BIN)/python benchmarks/circuits.py
+	$(BIN)/python benchmarks/probing.py
 
 zoo: .venv/.core
 	$(BIN)/python -m finetune_lens.zoo build --all

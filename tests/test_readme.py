@@ -72,7 +72,7 @@ def test_python(clone):
     import matplotlib
 
     matplotlib.use("agg")
-    weights, models, hybrids, circuits = blocks("python")
+    weights, models, hybrids, circuits, wrappers = blocks("python")
     namespace = {}
     exec(weights, namespace)
     assert namespace["r"].count() == namespace["r"].count(epsilon=0.5, k=10)
@@ -88,6 +88,10 @@ def test_python(clone):
     namespace = {}
     exec(circuits, namespace)
     assert {(1, 0), (1, 1), (1, 2)} <= {*namespace["circuit"].groups["fetcher"].heads}
+    namespace = {}
+    exec(wrappers, namespace)
+    assert namespace["revived"].verdict()[0] == "wrapped"
+    assert namespace["probes"].best("base")["score"] > 0.99
     matplotlib.pyplot.close("all")
 
 
