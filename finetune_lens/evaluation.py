@@ -176,7 +176,7 @@ def measure(model: HookedModel, examples: Examples, *, batch_size: int | None = 
     prediction = np.full((count, steps), -1)
     with torch.no_grad():
         for index in batches(model, examples, batch_size=batch_size):
-            found = _read_out(model, examples, index)
+            found = read_out(model, examples, index)
             rows = index.numpy()
             loss[rows], accuracy[rows] = found["loss"].double().cpu().numpy(), found["accuracy"].double().cpu().numpy()
             confidence[rows] = found["confidence"].double().cpu().numpy()
@@ -196,7 +196,7 @@ def add_gradient(
     loss = accuracy = 0.0
     for rows in batches(model, examples, index, batch_size=batch_size):
         with torch.enable_grad():
-            found = _read_out(model, examples, rows)
+            found = read_out(model, examples, rows)
             part = found["loss"].sum() / len(index)
             part.backward()
         loss += float(part.detach())
@@ -228,7 +228,7 @@ def _steps(examples: Examples) -> int:
     return examples.encoded.read_at.shape[1] if examples.objective == "answer" else examples.encoded.ids.shape[1] - 1
 
 
-def _read_out(model: HookedModel, examples: Examples, index: Tensor) -> dict[str, Tensor]:
+def read_out(model: HookedModel, examples: Examples, index: Tensor) -> dict[str, Tensor]:
     """loss, accuracy, confidence (row) and prediction (row, step) of some examples; the loss is differentiable."""
     batch = examples.encoded.rows(index)
     width = int(batch.mask.sum(1).max())

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from finetune_lens.checkpoints.adapters import merged_copy
 from finetune_lens.errors import InputError
-from finetune_lens.evaluation import Examples, _read_out, read_examples
+from finetune_lens.evaluation import Examples, read_out, read_examples
 from finetune_lens.hooked.model import HookedModel
 from finetune_lens.training import train
 
@@ -76,7 +76,7 @@ class Asked(nn.Module):
         self.model, self.examples = model, examples
 
     def forward(self, index: Tensor) -> dict[str, Tensor]:
-        return {"loss": _read_out(self.model, self.examples, index)["loss"].mean()}
+        return {"loss": read_out(self.model, self.examples, index)["loss"].mean()}
 
 
 def owned(model: HookedModel, dtype: str) -> HookedModel:
