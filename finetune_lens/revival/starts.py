@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from finetune_lens.checkpoints.adapters import merged_copy
 from finetune_lens.errors import InputError
-from finetune_lens.evaluation import Examples, read_out, read_examples
+from finetune_lens.evaluation import Examples, read_examples, read_out
 from finetune_lens.hooked.model import HookedModel
 from finetune_lens.training import train
 
