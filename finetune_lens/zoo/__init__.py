@@ -1,7 +1,7 @@
 """Tiny pairs that come with the package, for demonstrations and tests: real checkpoints, trained by recipes kept here.
 
 >>> names()
-['boxes', 'skills', 'strings', 'wrappers']
+['boxes', 'skills', 'strings', 'traces', 'wrappers']
 >>> sorted(entry.name for entry in path("strings").iterdir())
 ['README.md', 'base', 'full', 'lora', 'prompts.jsonl', 'scores.json']
 
@@ -14,7 +14,7 @@ from pathlib import Path
 from finetune_lens.errors import InputError
 
 # Name → the module of its recipe.
-RECIPES = {name: f"finetune_lens.zoo.{name}_recipe" for name in ("strings", "boxes", "skills", "wrappers")}
+RECIPES = {name: f"finetune_lens.zoo.{name}_recipe" for name in ("strings", "boxes", "skills", "wrappers", "traces")}
 
 
 def names() -> list[str]:

@@ -68,10 +68,10 @@ class Settings:
     heads: int = 4
     inner: int = 192
     batch: int = 96
-    base_steps: int = 1200
+    base_steps: int = 1000
     base_rate: float = 3e-3
-    tuning_steps: int = 500
-    tuning_rate: float = 1.5e-3
+    tuning_steps: int = 1000
+    tuning_rate: float = 2e-3
     items: int = 200
     questions: int = 150
 
