@@ -127,7 +127,7 @@ def test_the_new_tasks_token_was_never_trained_before_tuning(models, tmp_path, m
 def test_unknown_names_are_told_the_known_ones(tmp_path):
     for words in (("build", "nonsense", "--out", tmp_path), ("show", "nonsense")):
         error = command(*words, code=2).stderr
-        assert error == "error: the zoo has no 'nonsense'; it has: boxes, skills, strings\n"
+        assert error == "error: the zoo has no 'nonsense'; it has: boxes, skills, strings, traces, wrappers\n"
     assert "name one pair (boxes, skills, strings)" in command("build", code=2).stderr
     assert "name one pair (boxes, skills, strings)" in command("build", "strings", "--all", code=2).stderr
     with pytest.raises(InputError, match="strings"):
