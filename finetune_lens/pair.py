@@ -156,6 +156,11 @@ class Alignment:
     ignored: list[str] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
 
+    @property
+    def differences(self) -> list[str]:
+        """Tensors that one side lacks, or has in another shape."""
+        return [*self.only_base, *self.only_tuned, *self.resized, *self.mismatched]
+
     def summary(self) -> str:
         """One line a finding."""
         lines = [f"{len(self.matched)} tensors compared"]
