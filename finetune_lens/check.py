@@ -386,7 +386,7 @@ def main() -> None:
         folder.check()
         result = check_pair(
             pair, prompts, seed=common.seed, limit=common.limit, device=common.device, dtype=common.dtype,
-            progress=not common.quiet,
+            progress=common.progress,
         )  # fmt: skip
         finish(result, folder, common)
         if not result.passed:

@@ -61,6 +61,11 @@ class Basic:
     quiet: Annotated[bool, typer.Option("--quiet", help="No progress bar and no messages.")] = False
     debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")] = False
 
+    @property
+    def progress(self) -> bool:
+        """Whether bars are drawn: on a terminal only, so that a log holds lines."""
+        return not self.quiet and sys.stderr.isatty()
+
     def say(self, *words: object) -> None:
         """A message to standard error."""
         if not self.quiet:
@@ -142,7 +147,7 @@ class Running(Common):
             "dtype": self.dtype,
             "batch_size": self.batch_size,
             "limit": self.limit,
-            "progress": not self.quiet,
+            "progress": self.progress,
         }
 
 
@@ -486,7 +491,7 @@ def analyse_weights(
         pair,
         limit=common.limit,
         device=common.device,
-        progress=not common.quiet,
+        progress=common.progress,
         partial=folder.partial,
         **options,
     )

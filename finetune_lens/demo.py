@@ -78,7 +78,7 @@ def main() -> None:
     ) -> None:
         """Analyse the pair that ships: one new task learnt by full fine-tuning and by LoRA."""
         common.say("One base model, one new task, learnt twice: by full fine-tuning and by LoRA.")
-        results = analyse(out, progress=not common.quiet)
+        results = analyse(out, progress=common.progress)
         print(table(results))
         for method, title in METHODS.items():
             print(f"\n{title}\n{results[method]['intruders'].summary()}")

@@ -373,7 +373,7 @@ def main() -> None:
         result = compare_task_vectors(
             pairs, names=None if names is None else names.split(","), taus=shares, embeddings=embeddings,
             null_draws=null_draws, limit=common.limit, seed=common.seed, device=common.device,
-            progress=not common.quiet, partial=folder.partial,
+            progress=common.progress, partial=folder.partial,
         )  # fmt: skip
         excluded = result.provenance["excluded"]
         finish(result, folder, common, excluded=excluded, left_out=result.provenance["left_out"])

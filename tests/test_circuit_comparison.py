@@ -240,7 +240,7 @@ def test_without_layers_and_heads_there_is_no_chance(lists):
     assert result.table().filter(regex="chance|^p$|p_").isna().to_numpy().all()
     assert result.matrix().filter(regex="chance|^p$|p_").isna().to_numpy().all()
     assert "no chance to compare with" in result.summary()
-    assert "--layers" in result.summary()
+    assert "--layer-count" in result.summary()
     assert "no chance" not in known.summary()
     assert "nan" not in result.summary()
 

@@ -1,12 +1,18 @@
 """The commands: output folder, JSON, interruption and continuation, exit codes. (Bad checkpoints: test_bad_input.)"""
 
+import importlib
+import inspect
 import json
+import os
+import re
 import subprocess
 import sys
+import typing
 
 import numpy as np
 import pytest
 import torch
+import typer
 from safetensors.torch import save_file
 
 import finetune_lens as fl
@@ -274,9 +280,62 @@ def test_the_list_of_commands(capsys):
     printed = capsys.readouterr().out
     for name in listing.COMMANDS:
         assert f"\n  {name} " in printed
+    listing.main(["--json"])
+    record = json.loads(capsys.readouterr().out)
+    assert tuple(record) == listing.COMMANDS
+    assert all(line.strip() and len(line) <= 120 for line in record.values())
+    listing.main(["--version"])
+    assert capsys.readouterr().out == f"{fl.__version__}\n"
     with pytest.raises(SystemExit) as stop:
         listing.main(["intruder"])
     assert stop.value.code == 2
+    with pytest.raises(SystemExit) as stop:
+        listing.main(["task-vectors"])  # as one types it
+    assert stop.value.code == 2
+    assert "BASE" in capsys.readouterr().err
+
+
+def options_of(name):
+    """Option → its type, of every subcommand."""
+    apps = []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(typer.Typer, "__call__", lambda app, **_: apps.append(app))
+        importlib.import_module(listing._home(name)).main()
+    found = {}
+    for registered in apps[0].registered_commands:
+        for parameter in inspect.signature(registered.callback).parameters.values():
+            kind, info = typing.get_args(parameter.annotation)[:2]
+            if isinstance(info, typer.models.OptionInfo):
+                for option in info.param_decls or [f"--{parameter.name.replace('_', '-')}"]:
+                    found[option.partition("/")[0]] = re.sub(r"<class '(\w+)'>", r"\1", str(kind)).removesuffix(" | None")
+    return found
+
+
+def test_an_option_is_of_one_type_everywhere_and_every_analysis_has_the_common_ones():
+    found = {name: options_of(name) for name in listing.COMMANDS if name not in ("zoo", "demo")}
+    kinds = {}
+    for name, options in found.items():
+        for option, kind in options.items():
+            kinds.setdefault(option, {}).setdefault(kind, []).append(name)
+    several = {option: kinds[option] for option in kinds if len(kinds[option]) > 1}
+    assert set(several) <= {"--sparsity"}, "one command takes one, another a range"
+    for name, options in found.items():
+        assert {"--out", "--force", "--json", "--plots", "--quiet", "--debug"} <= set(options), name
+
+
+def test_without_a_terminal_there_is_no_bar_and_no_colour(pair_files, tmp_path):
+    arguments = [sys.executable, "-m", "finetune_lens", "updates", *pair_files, "--out", tmp_path / "o"]
+    done = subprocess.run([*map(str, arguments)], capture_output=True, text=True, check=True)
+    assert done.stdout
+    for said in (done.stdout, done.stderr):
+        assert "\r" not in said
+        assert "\x1b" not in said
+    for words in (["--help"], ["updates", "--help"], ["updates", "x"]):
+        done = subprocess.run(
+            [sys.executable, "-m", "finetune_lens", *words], capture_output=True, text=True,
+            env=os.environ | {"NO_COLOR": "1", "FORCE_COLOR": "1"},
+        )  # fmt: skip
+        assert "\x1b" not in done.stdout + done.stderr
 
 
 @pytest.mark.parametrize("name", ["intruders", "updates"])

@@ -196,9 +196,10 @@ class Compared(Saved):
     """The options of `compare`."""
 
     layers: Annotated[
-        int | None, typer.Option(min=1, help="Of the model, where the files do not say.", show_default=False)
+        int | None,
+        typer.Option("--layer-count", min=1, help="Of the model, where the files do not say.", show_default=False),
     ] = None
-    heads: Annotated[int | None, typer.Option(min=1, help="Of one layer.", show_default=False)] = None
+    heads: Annotated[int | None, typer.Option("--head-count", min=1, help="Of one layer.", show_default=False)] = None
 
 
 def compare(one: File, other: File, *, common: Compared) -> None:

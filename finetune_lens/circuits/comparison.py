@@ -101,7 +101,9 @@ def _names(one: Circuit | str | Path, other: Circuit | str | Path) -> tuple[str,
 def _shape(circuits: Circuits, layers: int | None, heads: int | None) -> tuple[int, int] | None:
     """Layers and heads of a layer; None where nothing says them."""
     if (layers is None) != (heads is None):
-        raise InputError(f"layers and heads go together (--layers, --heads); found layers {layers}, heads {heads}")
+        raise InputError(
+            f"layers and heads go together (--layer-count, --head-count); found layers {layers}, heads {heads}"
+        )
     if layers is not None and min(layers, heads) < 1:
         raise InputError(f"a model has one layer and one head or more; found layers {layers}, heads {heads}")
     said = {name: (c.model.get("layers"), c.model.get("heads")) for name, c in circuits.items()}

@@ -24,7 +24,9 @@ def directions(
     depth: Annotated[
         int | None, typer.Option(min=0, help="Whose direction is taken out and added.  [default: the largest d′]")
     ] = None,
-    scale: Annotated[float, typer.Option(help="What the direction is multiplied by where it is added.")] = 1.0,
+    scale: Annotated[
+        float, typer.Option("--strength", help="What the direction is multiplied by where it is added.")
+    ] = 1.0,
     metric: Annotated[
         str | None, typer.Option(help="logit_diff, logprob, prob, reciprocal_rank, accuracy.", show_default=False)
     ] = None,

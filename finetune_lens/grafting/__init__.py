@@ -143,7 +143,7 @@ def main() -> None:
         sparsity: Annotated[
             str, typer.Option(help="Share of the entries in the base mask; 1e-5,1e-4 is a sweep.")
         ] = "1e-4",
-        step: Annotated[float, typer.Option(help="Of the scores, relative to ‖g⊙Δ‖.")] = 100.0,
+        step: Annotated[float, typer.Option("--step-size", help="Of the scores, relative to ‖g⊙Δ‖.")] = 100.0,
         rate: Annotated[
             float | None, typer.Option(help="The learning rate itself.  [default: from --step]", show_default=False)
         ] = None,

@@ -27,7 +27,7 @@ def probing(
     group: Annotated[
         str | None, typer.Option(help="Field whose values stay together in training or test.", show_default=False)
     ] = None,
-    control: Annotated[bool, typer.Option("--control/--no-control", help="The control task.")] = True,
+    control: Annotated[bool, typer.Option("--control-task/--no-control-task", help="The control task.")] = True,
     control_field: Annotated[
         str | None, typer.Option(help="Field that the control task labels at random.", show_default=False)
     ] = None,

@@ -199,7 +199,7 @@ class CircuitOverlap(Result):
         else:
             lines.append(
                 "no chance to compare with: neither file says how many layers and heads the model has; pass layers and "
-                "heads (--layers, --heads)"
+                "heads (--layer-count, --head-count)"
             )
         return "\n".join(lines + [str(note) for note in self.provenance.get("notes", [])])
 

@@ -40,7 +40,7 @@ def build(
         except OSError as error:
             raise InputError(f"cannot write to {out}: {error.strerror}; choose another --out") from None
         finished = recipe.build(
-            work, settings=recipe.MINI if mini else recipe.SETTINGS, seed=seed, progress=not common.quiet
+            work, settings=recipe.MINI if mini else recipe.SETTINGS, seed=seed, progress=common.progress
         )
         if (out / one).exists():
             os.replace(out / one, work / "replaced")
