@@ -306,8 +306,10 @@ def options_of(name):
         for parameter in inspect.signature(registered.callback).parameters.values():
             kind, info = typing.get_args(parameter.annotation)[:2]
             if isinstance(info, typer.models.OptionInfo):
-                for option in info.param_decls or [f"--{parameter.name.replace('_', '-')}"]:
-                    found[option.partition("/")[0]] = re.sub(r"<class '(\w+)'>", r"\1", str(kind)).removesuffix(" | None")
+                first = [info.default] if isinstance(info.default, str) else []  # typer moves it among the names
+                kind = re.sub(r"<class '(\w+)'>", r"\1", str(kind)).removesuffix(" | None")
+                for option in [*first, *info.param_decls] or [f"--{parameter.name.replace('_', '-')}"]:
+                    found[option.partition("/")[0]] = kind
     return found
 
 
