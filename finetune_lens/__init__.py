@@ -30,6 +30,8 @@ __all__ = [
     "compress",
     "cross_patch",
     "evaluate_circuit",
+    "examine_bias",
+    "examine_chains",
     "find_circuit",
     "find_directions",
     "find_intruders",
@@ -38,6 +40,7 @@ __all__ = [
     "join_parts",
     "learn_masks",
     "load",
+    "look_inside_chains",
     "measure_updates",
     "patch",
     "plots",
@@ -49,6 +52,7 @@ __all__ = [
     "scale_intruders",
     "trace",
     "trace_paths",
+    "write_report",
     "zoo",
 ]
 
@@ -71,6 +75,8 @@ _WHERE = {
     "compress": "compression",
     "cross_patch": "cmap",
     "evaluate_circuit": "circuits",
+    "examine_bias": "cot.bias",
+    "examine_chains": "cot.faithfulness",
     "find_circuit": "circuits",
     "find_directions": "directions",
     "find_intruders": "intruders",
@@ -79,6 +85,7 @@ _WHERE = {
     "join_parts": "parts",
     "learn_masks": "circuits",
     "load": "results",
+    "look_inside_chains": "cot.inside",
     "measure_updates": "updates",
     "patch": "patching",
     "plots": "plots",
@@ -90,6 +97,7 @@ _WHERE = {
     "scale_intruders": "intruders",
     "trace": "patching",
     "trace_paths": "circuits",
+    "write_report": "report",
     "zoo": "zoo",
 }
 
@@ -108,6 +116,9 @@ if TYPE_CHECKING:  # for editors
     )
     from finetune_lens.cmap import cross_patch
     from finetune_lens.compression import compress
+    from finetune_lens.cot.bias import examine_bias
+    from finetune_lens.cot.faithfulness import examine_chains
+    from finetune_lens.cot.inside import look_inside_chains
     from finetune_lens.directions import find_directions
     from finetune_lens.errors import GateFailed, InputError
     from finetune_lens.grafting import graft
@@ -122,6 +133,7 @@ if TYPE_CHECKING:  # for editors
     from finetune_lens.probing import probe
     from finetune_lens.pruning import prune
     from finetune_lens.recovery import recovery_axis
+    from finetune_lens.report import write_report
     from finetune_lens.representations import compare_representations
     from finetune_lens.results import load
     from finetune_lens.revival import revive

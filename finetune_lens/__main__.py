@@ -8,7 +8,7 @@ import sys
 COMMANDS = (
     "check", "outputs", "updates", "intruders", "task_vectors", "grafting", "interpolation", "compression", "patching",
     "cmap", "circuits", "probing", "representations", "attention", "directions", "pruning",
-    "revival", "cot", "cot.bias", "recovery", "parts", "report", "zoo", "demo",
+    "revival", "cot", "cot.bias", "cot.inside", "recovery", "parts", "report", "zoo", "demo",
 )  # fmt: skip
 USAGE = """What did fine-tuning do to this model?
 

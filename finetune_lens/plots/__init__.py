@@ -10,12 +10,16 @@ from typing import TYPE_CHECKING
 from finetune_lens.plots.attention_heads import attention_heads
 from finetune_lens.plots.attention_maps import attention_maps
 from finetune_lens.plots.attribution_against_exact import attribution_against_exact
+from finetune_lens.plots.bias_effects import bias_effects
 from finetune_lens.plots.circuit_diagram import circuit_diagram
 from finetune_lens.plots.circuit_faithfulness import circuit_faithfulness
 from finetune_lens.plots.circuit_overlap import circuit_overlap
 from finetune_lens.plots.cka_matrix import cka_matrix
 from finetune_lens.plots.cmap_bars import cmap_bars
 from finetune_lens.plots.compression import compression
+from finetune_lens.plots.cot_aoc import cot_aoc
+from finetune_lens.plots.cot_curves import cot_curves
+from finetune_lens.plots.cot_scatter import cot_scatter
 from finetune_lens.plots.dcm_accuracy import dcm_accuracy
 from finetune_lens.plots.direction_layers import direction_layers
 from finetune_lens.plots.graft_overlap import graft_overlap
@@ -41,11 +45,15 @@ from finetune_lens.plots.paths import paths
 from finetune_lens.plots.probe_heads import probe_heads
 from finetune_lens.plots.probe_layers import probe_layers
 from finetune_lens.plots.pruning_curves import pruning_curves
+from finetune_lens.plots.receiver_heads import receiver_heads
 from finetune_lens.plots.recovery_axis import recovery_axis
 from finetune_lens.plots.representation_layers import representation_layers
 from finetune_lens.plots.revival_curves import revival_curves
 from finetune_lens.plots.sigma_against_cosine import sigma_against_cosine
 from finetune_lens.plots.similarity import similarity
+from finetune_lens.plots.step_importance import step_importance
+from finetune_lens.plots.step_matrix import step_matrix
+from finetune_lens.plots.step_states import step_states
 from finetune_lens.plots.task_vectors import task_vectors
 from finetune_lens.plots.trajectory import trajectory
 from finetune_lens.plots.update_energy import update_energy
@@ -57,18 +65,23 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
     from finetune_lens.results import Result
+    from finetune_lens.results.inside_chains import InsideChains
     from finetune_lens.results.patching import Patching
 
 __all__ = [
     "attention_heads",
     "attention_maps",
     "attribution_against_exact",
+    "bias_effects",
     "circuit_diagram",
     "circuit_faithfulness",
     "circuit_overlap",
     "cka_matrix",
     "cmap_bars",
     "compression",
+    "cot_aoc",
+    "cot_curves",
+    "cot_scatter",
     "dcm_accuracy",
     "direction_layers",
     "figures_of",
@@ -95,11 +108,15 @@ __all__ = [
     "probe_heads",
     "probe_layers",
     "pruning_curves",
+    "receiver_heads",
     "recovery_axis",
     "representation_layers",
     "revival_curves",
     "sigma_against_cosine",
     "similarity",
+    "step_importance",
+    "step_matrix",
+    "step_states",
     "task_vectors",
     "trajectory",
     "update_energy",
@@ -110,9 +127,11 @@ __all__ = [
 # Result kind → title → function. Those of intruders and trajectories are drawn for each side.
 _FIGURES: dict[str, dict[str, Callable[..., "Axes"]]] = {
     "attention": {"heads": attention_heads, "maps": attention_maps},
+    "bias": {"effects": bias_effects},
     "circuit_evaluation": {"faithfulness": circuit_faithfulness},
     "circuit_overlap": {"overlap": circuit_overlap},
     "compression": {"recovery": compression},
+    "cot": {"curves": cot_curves, "aoc": cot_aoc, "scatter": cot_scatter},
     "dcm": {"accuracy": dcm_accuracy},
     "directions": {"layers": direction_layers},
     "grafting": {
@@ -159,6 +178,8 @@ def figures_of(result: "Result") -> dict[str, Callable[[], "Figure"]]:
             for side in result.sides
             for title, function in functions.items()
         }
+    if result.kind == "cot" and not result.tests:  # chains were corrupted only
+        functions = {}
     if result.kind == "grafting":
         absent = {"reliability"} if result.data.attrs["objective"] == "text" else set()
         absent |= set() if "shared" in result.data else {"overlap"}
@@ -177,6 +198,8 @@ def figures_of(result: "Result") -> dict[str, Callable[[], "Figure"]]:
         functions = {"heads": paths}
         functions |= {"effects": head_effects} if len(result.models) > 1 else {}
         functions |= {"circuit": lambda found: circuit_diagram(found.circuit)} if result.circuit else {}
+    if result.kind == "inside_chains":
+        functions = _of_chains(result)
     if result.kind == "representations":
         functions = {"cka": cka_matrix} | ({"layers": representation_layers} if result.matched else {})
     if result.kind == "probing":
@@ -200,6 +223,20 @@ def _of_patches(result: "Patching") -> dict[str, Callable[..., "Axes"]]:
             functions[f"attribution{ending}"] = partial(attribution_against_exact, direction=direction)
     if result.kind == "cmap":
         functions["bars"] = cmap_bars
+    return functions
+
+
+def _of_chains(result: "InsideChains") -> dict[str, Callable[..., "Axes"]]:
+    """What its parts have."""
+    parts, functions = result.parts, {}
+    if "cuts" in parts:
+        functions["matrix"] = step_matrix
+    if {"cuts", "resampling"} & {*parts}:
+        functions["importance"] = step_importance
+    if "heads" in parts:
+        functions["heads"] = receiver_heads
+    if "state_effect" in result.data:
+        functions["states"] = step_states
     return functions
 
 

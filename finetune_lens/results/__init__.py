@@ -40,7 +40,10 @@ KINDS = {
     "revival": "Revival",
     "representations": "Representations",
     "attention": "Attention",
+    "bias": "Bias",
     "directions": "Directions",
+    "inside_chains": "InsideChains",
+    "cot": "Faithfulness",
 }
 
 

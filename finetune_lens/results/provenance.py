@@ -55,7 +55,7 @@ def recorded(function: Callable[..., Result]) -> Callable[..., Result]:
     return run
 
 
-NOT_ARGUMENTS = ("progress", "partial", "prompts", "tokenizer")
+NOT_ARGUMENTS = ("progress", "partial", "prompts", "questions", "tokenizer")
 
 
 @functools.cache
