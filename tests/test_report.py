@@ -85,7 +85,7 @@ def test_full_fine_tuning_has_another_mark():
     assert "30 of 30" in text({"updates": updates})
     frame = updates.to_frame()
     largest = (frame.delta_norm**2).groupby(frame.layer).sum().idxmax()
-    assert f"(‖Δ‖²) is in layer {largest} (" in text({"updates": updates})
+    assert f"(‖Δ‖²) lies in layer {largest} (" in text({"updates": updates})
 
 
 def test_a_model_against_itself_says_that_nothing_changed(tmp_path, capsys, quick):
@@ -129,7 +129,23 @@ def test_an_effect_of_the_head_on_any_prompt_is_not_taken_for_the_task(found):
         specific = top["specific_low"] > 0 or top["specific_high"] < 0
         sentence = next(s.text for s in verdict({"cmap": found["cmap"]}) if direction in s.text)
         assert ("no more than the same head gives" in sentence) == (not specific)
-    assert "logit_diff" in said
+    assert "moves the logit difference most" in said
+
+
+def test_questions_bring_the_chains_of_thought(tmp_path, capsys, quick):
+    folder, out = fl.zoo.path("traces"), tmp_path / "r"
+    command(
+        folder / "faithful", folder / "ignoring", "--questions", folder / "questions.jsonl", "--format",
+        folder / "format.json", "--limit", 8, "--samples", 1, "--tests", "early,mistakes", "--out", out, "--json",
+        "--no-plots",
+    )  # fmt: skip
+    record = json.loads(capsys.readouterr().out)
+    lead = next(sentence for sentence in record["verdict"] if sentence.startswith("Reasoning: "))
+    assert "the base uses its chain of thought" in lead
+    assert "the tuned model ignores its chain of thought" in lead
+    assert {"cot", "inside_chains"} <= set(record["results"])
+    assert "the tokenizer has no token" in record["skipped"]["bias"], "its vocabulary has no words for hints"
+    assert "python -m finetune_lens.cot.inside" in (out / "report.html").read_text()
 
 
 def failed_gate():

@@ -31,6 +31,9 @@ def main() -> None:
             Path | None,
             typer.Option(help="Texts to read.  [default: the prompts, else the models' own]", show_default=False),
         ] = None,
+        tests: Annotated[
+            str, typer.Option(help="Of chains of thought: early, mistakes, paraphrase, filler …")
+        ] = "early,mistakes,paraphrase,filler",
         samples: Annotated[int, typer.Option(min=1, help="Chains of thought a question.")] = 20,
         saved: Annotated[
             list[Path] | None,
@@ -62,7 +65,7 @@ def main() -> None:
             pair = common.pair(base, tuned)
             execution = common.execution()
             inputs = Inputs(
-                pair, base, tuned, prompts, questions, format, texts, samples, common.seed, execution
+                pair, base, tuned, prompts, questions, format, texts, tests.split(","), samples, common.seed, execution
             )  # fmt: skip
             found = examine(inputs, partial=out / ".report.partial")
             name = title or f"What did fine-tuning do? {Path(base).name} → {Path(tuned).name}"

@@ -3,7 +3,7 @@
     weights alone              updates, intruders
     a model that runs          check, interpolation, representations; on texts, by default the models' own
     prompts                    outputs, patching (where they have `corrupt`), cmap with attribution
-    questions                  cot
+    questions                  cot, bias, inside_chains
 
 Nothing is left out in silence: what does not run has its reason beside it.
 """
@@ -49,6 +49,7 @@ class Inputs:
     questions: Path | None = None
     format: Path | None = None
     texts: Path | None = None
+    tests: Sequence[str] = ("early", "mistakes", "paraphrase", "filler")
     samples: int = 20
     seed: int = 0
     execution: dict[str, Any] = field(default_factory=dict)
@@ -63,6 +64,7 @@ class Step:
     lacks: str | None = None
     needs_model: bool = True
     command: str = ""
+    module: str = ""
 
 
 def examine(inputs: Inputs, *, partial: Path | None = None) -> Examined:
@@ -98,7 +100,7 @@ def examine(inputs: Inputs, *, partial: Path | None = None) -> Examined:
             found.skipped[step.name] = str(error)
             continue
         found.results[step.name] = result
-        name = step.name.partition("-")[0]
+        name = step.module or step.name.partition("-")[0]
         found.commands[step.name] = f"python -m finetune_lens.{name} {step.command}"
         stop = stop or _reason_to_stop(result, inputs.pair)
     return found
@@ -142,7 +144,7 @@ def _kept(inputs: Inputs, partial: Path | None) -> Path | None:
         if (path := getattr(inputs, name)) is not None and path.is_file()
     }
     options = {k: v for k, v in inputs.execution.items() if k not in ("progress", "batch_size")}
-    facts = [inputs.pair.fingerprint, files, inputs.samples, inputs.seed, options]
+    facts = [inputs.pair.fingerprint, files, [*inputs.tests], inputs.samples, inputs.seed, options]
     return partial / hashlib.sha256(json.dumps(facts, default=str).encode()).hexdigest()[:16]
 
 
@@ -213,11 +215,14 @@ def steps(inputs: Inputs) -> Iterator[Step]:
         f"{sides}{_given(inputs.prompts)} --align right{_flags(asked)}",
     )  # fmt: skip
     formatted = f" --format {inputs.format}" if inputs.format else ""
-    yield Step(
-        "cot", lambda partial: _chains(inputs, partial),
-        no_model or ("" if inputs.questions else "no questions were given (--questions)"), True,
-        f"{sides}{_given(inputs.questions)}{formatted} --samples {inputs.samples}",
-    )  # fmt: skip
+    no_questions = no_model or ("" if inputs.questions else "no questions were given (--questions)")
+    for name, run_chains in (("cot", _chains), ("bias", _hints), ("inside_chains", _inside)):
+        module = {"bias": "cot.bias", "inside_chains": "cot.inside"}.get(name, name)
+        sampled = "" if name == "inside_chains" else f" --samples {inputs.samples}"
+        yield Step(
+            name, lambda partial, run_chains=run_chains: run_chains(inputs, partial), no_questions, True,
+            f"{sides}{_given(inputs.questions)}{formatted}{sampled}", module,
+        )  # fmt: skip
 
 
 def _given(path: Path | None) -> str:
@@ -254,15 +259,30 @@ def _method(inputs: Inputs) -> str:
     return "both" if config.num_hidden_layers * config.num_attention_heads <= MOST_CELLS else "attribution"
 
 
-def _chains(inputs: Inputs, partial: Path | None) -> "Result":
-    import finetune_lens as fl
+def _asked(inputs: Inputs) -> dict[str, Any]:
     from finetune_lens.cot.questions import Format
 
-    format = Format.load(inputs.format) if inputs.format else Format()
+    return {"format": Format.load(inputs.format) if inputs.format else None, "seed": inputs.seed, **inputs.execution}
+
+
+def _chains(inputs: Inputs, partial: Path | None) -> "Result":
+    import finetune_lens as fl
+
     return fl.examine_chains(
-        inputs.pair, inputs.questions, format=format, samples=inputs.samples, seed=inputs.seed, partial=partial,
-        **inputs.execution,
-    )  # fmt: skip
+        inputs.pair, inputs.questions, tests=inputs.tests, samples=inputs.samples, partial=partial, **_asked(inputs)
+    )
+
+
+def _hints(inputs: Inputs, partial: Path | None) -> "Result":
+    import finetune_lens as fl
+
+    return fl.examine_bias(inputs.pair, inputs.questions, samples=inputs.samples, partial=partial, **_asked(inputs))
+
+
+def _inside(inputs: Inputs, partial: Path | None) -> "Result":
+    import finetune_lens as fl
+
+    return fl.look_inside_chains(inputs.pair, inputs.questions, partial=partial, **_asked(inputs))
 
 
 class Texts:
@@ -309,6 +329,17 @@ class Texts:
         return self._own
 
 
+def _reads(tokenizer: Any, written: Any) -> bool:
+    """Whether the tokenizer can read a text again as it was written: some have no token for a run of digits."""
+    from finetune_lens.prompts import Prompt, encode
+
+    try:
+        read = encode([Prompt(written.text)], tokenizer, need_answer=False)
+    except InputError:
+        return False
+    return tuple(read.ids[0][read.text_columns[0]].tolist()) == written.tokens
+
+
 def own_texts(models: Sequence[Any], *, seed: int, progress: bool = False) -> list[dict[str, str]]:
     """Texts that the models write themselves from an empty page, each as many; what they are asked to read later.
 
@@ -331,9 +362,10 @@ def own_texts(models: Sequence[Any], *, seed: int, progress: bool = False) -> li
             model, [[first]], names=[side], samples=TEXTS // 2, temperature=1.0, top_p=1.0, max_tokens=TEXT_TOKENS,
             seed=seed, progress=progress,
         )  # fmt: skip
-        texts += [{"id": f"{side}-{c.sample}", "prompt": c.text} for c in chains if c.text.strip()]
+        texts += [{"id": f"{side}-{c.sample}", "prompt": c.text} for c in chains if _reads(tokenizer, c)]
     if len({text["id"].partition("-")[0] for text in texts}) < 2:
         raise InputError(
-            "one of the models writes nothing on an empty page; give texts (--texts) or prompts (--prompts)"
+            "one of the models writes nothing on an empty page that its tokenizer can read again; give texts (--texts) "
+            "or prompts (--prompts)"
         )
     return texts

@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from finetune_lens.results import Result
 
 NO_CHANGE = "Nothing changed"
+NAMED = {"logprob": "log-probability", "logit_diff": "the logit difference"}
 LEADING = ("outputs", "updates", "interpolation", "cot")
 
 
@@ -79,12 +80,15 @@ def _where(changed: "pd.DataFrame") -> str:
     """In which layer and component most of ‖Δ‖² lies, beside its share of the changed weights' ‖W0‖²."""
     squares = changed.assign(delta=changed["delta_norm"] ** 2, base=changed["base_norm"] ** 2)
     parts = []
-    for column, named in (("layer", lambda v: f"layer {v}" if v >= 0 else "outside the layers"), ("component", str)):
+    for column, named in (
+        ("layer", lambda v: f"in layer {v}" if v >= 0 else "outside the layers"),
+        ("component", "in {}".format),
+    ):
         shares = squares.groupby(column)[["delta", "base"]].sum()
         shares /= shares.sum()
         first = shares["delta"].idxmax()
         parts.append(f"{named(first)} ({shares.delta[first]:.0%} of it, {shares.base[first]:.0%} of ‖W0‖²)")
-    return f"By size, most of the change (‖Δ‖²) is in {parts[0]}, and by kind of weight in {parts[1]}"
+    return f"By size, most of the change (‖Δ‖²) lies {parts[0]}, and by kind of weight {parts[1]}"
 
 
 def _intruders(result: "Result") -> list[str]:
@@ -170,7 +174,7 @@ def _interpolation(result: "Result") -> list[str]:
         alone = rows.loc[(rows["alone"] * _sign(gain["gain"])).idxmax()]
         without = rows.loc[(rows["without"] * _sign(gain["gain"])).idxmax()]
         sentences.append(
-            f"Where: of the gain of {gain['gain']:+.2f} in {metric}, the update of {_group(result, alone['group'])} "
+            f"Where: of the gain of {gain['gain']:+.2f} in {NAMED.get(metric, metric)}, the update of {_group(result, alone['group'])} "
             f"alone brings {alone['alone']:+.2f} [{alone['alone_low']:.2f}, {alone['alone_high']:.2f}], and without "
             f"that of {_group(result, without['group'])} {without['without']:+.2f} [{without['without_low']:.2f}, "
             f"{without['without_high']:.2f}] is lost."
@@ -216,7 +220,9 @@ def _cmap(result: "Result") -> list[str]:
             continue
         top = found["top"][0]
         if found["low"] <= 0 <= found["high"]:
-            sentences.append(f"Patching {direction}: the models do not clearly differ on {head['metric']}.")
+            sentences.append(
+                f"Patching {direction}: the models do not clearly differ in {NAMED.get(head['metric'], head['metric'])}."
+            )
             continue
         place = ", ".join(f"{dim} {top[dim]}" for dim in result.dims if dim in top)
         ends = top.get("specific_low"), top.get("specific_high")
@@ -227,7 +233,7 @@ def _cmap(result: "Result") -> list[str]:
         )  # fmt: skip
         recovery = "" if top.get("recovery") is None else f" ({top['recovery']:.0%} of the difference)"
         sentences.append(
-            f"Head by head, {direction}: {place} moves {head['metric']} most, by {top['effect']:+.3g} "
+            f"Head by head, {direction}: {place} moves {NAMED.get(head['metric'], head['metric'])} most, by {top['effect']:+.3g} "
             f"[{top['low']:.3g}, {top['high']:.3g}]{recovery}{beside}."
         )
     return sentences
@@ -239,7 +245,24 @@ def _revival(result: "Result") -> list[str]:
 
 
 def _cot(result: "Result") -> list[str]:
-    return [f"{line}." if line[-1] not in ".!" else line for line in result.verdict()]
+    words = {
+        "uses": "uses its chain of thought", "ignores": "ignores its chain of thought",
+        "mixed": "uses its chain of thought in part", "undecided": "cannot be said to use its chain of thought or not",
+    }  # fmt: skip
+    said = [f"the {side} {words[word]} ({why})" for side, (word, why) in _sides(result.verdicts())]
+    return [f"Reasoning: {'; '.join(said)}."]
+
+
+def _bias(result: "Result") -> list[str]:
+    return [f"Hint “{hint}”, {_named(side)}: {says}." for (hint, side), says in result.verdicts().items()]
+
+
+def _sides(verdicts: Mapping[str, tuple[str, str]]) -> list[tuple[str, tuple[str, str]]]:
+    return [(_named(side), verdict) for side, verdict in verdicts.items()]
+
+
+def _named(side: str) -> str:
+    return "base" if side == "base" else "tuned model"
 
 
 def _direction(row: Mapping[str, Any], up: str, down: str, neither: str) -> str:
@@ -264,5 +287,6 @@ _SAID: "dict[str, Callable[[Any], list[str]]]" = {
     "representations": _representations,
     "revival": _revival,
     "cot": _cot,
+    "bias": _bias,
     "check": _check,
 }

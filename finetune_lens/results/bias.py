@@ -304,6 +304,11 @@ class Bias(Result):
         notes = [str(note) for note in self.provenance.get("notes", [])]
         return "\n".join([*lines, *notes])
 
+    def verdicts(self) -> dict[tuple[str, str], str]:
+        """By hint and side: whether the side follows it, by which way, and what its chains say."""
+        frames = {hint: self._frame[self._frame["hint"] == hint].set_index("measure") for hint in self.hints}
+        return {(hint, side): self._verdict(hint, side, part) for hint, part in frames.items() for side in SIDES}
+
     def _verdict(self, hint: str, side: str, part: "pd.DataFrame") -> str:
         value, low = part[side], part[f"{side}_low"]
         if np.isnan(value["flip"]):
