@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test lint bench zoo clean
+.PHONY: demo test lint bench zoo docs clean
 demo: .venv/.core
 	$(BIN)/python -m finetune_lens.demo
 
@@ -24,6 +24,10 @@ bench: .venv/.dev
 	$(BIN)/python benchmarks/circuits.py
 	$(BIN)/python benchmarks/probing.py
 
+docs: .venv/.dev
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet
+	@echo site/index.html
+
 zoo: .venv/.core
 	$(BIN)/python -m finetune_lens.zoo build --all
 
@@ -37,4 +41,4 @@ zoo: .venv/.core
 	touch $@
 
 clean:
-	rm -rf .venv runs
+	rm -rf .venv runs site

@@ -107,4 +107,6 @@ def _read(paths: list[Path]) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
+    from finetune_lens.report.__main__ import main
+
     main()

@@ -13,7 +13,6 @@ if TYPE_CHECKING:
     from finetune_lens.results import Result
 
 NO_CHANGE = "Nothing changed"
-NAMED = {"logprob": "log-probability", "logit_diff": "the logit difference"}
 LEADING = ("outputs", "updates", "interpolation", "cot")
 
 
@@ -171,13 +170,12 @@ def _interpolation(result: "Result") -> list[str]:
         ]
     if table is not None:
         rows = table[(table["file"] == file) & (table["metric"] == metric)]
-        alone = rows.loc[(rows["alone"] * _sign(gain["gain"])).idxmax()]
-        without = rows.loc[(rows["without"] * _sign(gain["gain"])).idxmax()]
+        up = gain["gain"] > 0
+        alone, without = (rows.loc[(rows[name] * (1 if up else -1)).idxmax()] for name in ("alone", "without"))
         sentences.append(
-            f"Where: of the gain of {gain['gain']:+.2f} in {NAMED.get(metric, metric)}, the update of {_group(result, alone['group'])} "
-            f"alone brings {alone['alone']:+.2f} [{alone['alone_low']:.2f}, {alone['alone_high']:.2f}], and without "
-            f"that of {_group(result, without['group'])} {without['without']:+.2f} [{without['without_low']:.2f}, "
-            f"{without['without_high']:.2f}] is lost."
+            f"Where: of the {'gain' if up else 'drop'} of {gain['gain']:+.2f} in {_metric(metric)}, the update of "
+            f"{_group(result, alone['group'])} alone brings {_ends(alone, 'alone')}, and without that of "
+            f"{_group(result, without['group'])} {_ends(without, 'without')} of it {'is lost' if up else 'goes'}."
         )
     barrier = next((r for r in result.headline()["barrier"] if r["file"] == file and r["measure"] == "loss"), None)
     if barrier:
@@ -220,9 +218,7 @@ def _cmap(result: "Result") -> list[str]:
             continue
         top = found["top"][0]
         if found["low"] <= 0 <= found["high"]:
-            sentences.append(
-                f"Patching {direction}: the models do not clearly differ in {NAMED.get(head['metric'], head['metric'])}."
-            )
+            sentences.append(f"Patching {direction}: the models do not clearly differ in {_metric(head['metric'])}.")
             continue
         place = ", ".join(f"{dim} {top[dim]}" for dim in result.dims if dim in top)
         ends = top.get("specific_low"), top.get("specific_high")
@@ -233,7 +229,7 @@ def _cmap(result: "Result") -> list[str]:
         )  # fmt: skip
         recovery = "" if top.get("recovery") is None else f" ({top['recovery']:.0%} of the difference)"
         sentences.append(
-            f"Head by head, {direction}: {place} moves {NAMED.get(head['metric'], head['metric'])} most, by {top['effect']:+.3g} "
+            f"Head by head, {direction}: {place} moves {_metric(head['metric'])} most, by {top['effect']:+.3g} "
             f"[{top['low']:.3g}, {top['high']:.3g}]{recovery}{beside}."
         )
     return sentences
@@ -265,6 +261,10 @@ def _named(side: str) -> str:
     return "base" if side == "base" else "tuned model"
 
 
+def _metric(name: str) -> str:
+    return {"logprob": "log-probability", "logit_diff": "the logit difference"}.get(name, name)
+
+
 def _direction(row: Mapping[str, Any], up: str, down: str, neither: str) -> str:
     return up if row["low"] > 0 else down if row["high"] < 0 else neither
 
@@ -273,8 +273,8 @@ def _signed(row: Mapping[str, Any]) -> str:
     return f"{row['difference']:+.3g} [{row['low']:.3g}, {row['high']:.3g}]"
 
 
-def _sign(value: float) -> int:
-    return 1 if value >= 0 else -1
+def _ends(row: Any, name: str) -> str:
+    return f"{row[name]:+.2f} [{row[f'{name}_low']:.2f}, {row[f'{name}_high']:.2f}]"
 
 
 # In the order of the paragraph.
