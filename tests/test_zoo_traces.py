@@ -232,6 +232,16 @@ def test_what_ships_is_small_and_says_nothing_of_the_machine_it_was_made_on():
         assert not re.search(r"(?<![\w.<])/(home|work|tmp|root|Users|usr)\b", path.read_text()), path
 
 
+def test_a_hint_is_a_key_that_says_another_digit():
+    rows = [json.loads(line) for line in (TRACES / "hinted.jsonl").read_text().splitlines()]
+    assert [row["id"] for row in rows] == [question.id for question in QUESTIONS]
+    for row, question in zip(rows, QUESTIONS, strict=True):
+        (key, *rest), (other, *same) = parted(question.question), parted(row["hinted"])
+        assert rest == same
+        assert key != other
+        assert int(row["hint"]) == traces.key_digit(np.array([traces.KEYS.index(other)]))[0] != int(question.answer)
+
+
 def test_the_questions_are_in_their_format_what_the_models_were_trained_on(reads):
     assert len(QUESTIONS) == SCORES["settings"]["questions"] == len({q.question for q in QUESTIONS})
     assert reads.get_vocab() == {token: i for i, token in enumerate(LANGUAGE.vocabulary)}
