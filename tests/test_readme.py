@@ -59,20 +59,33 @@ def test_commands_that_go_on_with_what_others_left(clone):
     assert {line.split()[3] for line in block.splitlines()} == {*CIRCUITS}
 
 
+LEFT = {"report": "report/report.html", "cot.bias": "bias/bias.nc", "cot.inside": "inside_chains/inside_chains.nc"}
+
+
 @pytest.mark.parametrize(
     "line", [line for block in blocks("bash") if "finetune_lens.circuits" not in block for line in block.splitlines()]
 )
 def test_commands(line, clone):
-    words = ran(line)
-    out = Path(words[words.index("--out") + 1]) if "--out" in words else Path("runs", words[2].partition(".")[2])
-    assert (clone / out / f"{words[2].partition('.')[2]}.nc").is_file()
+    name = ran(line)[2].partition(".")[2]
+    assert (clone / "runs" / LEFT.get(name, f"{name}/{name}.nc")).is_file()
+
+
+def test_every_command_and_public_function_has_its_row():
+    from finetune_lens import __all__
+    from finetune_lens.__main__ import COMMANDS
+
+    rows = README.partition("| question |")[2].partition("\n\n")[0]
+    named = {*re.findall(r"\[`([\w.]+)`\]", rows)}
+    assert named == {*COMMANDS} - {"zoo", "demo", "report"}
+    assert all((ROOT / link).is_file() for link in re.findall(r"\]\((docs/[^)]+)\)", README))
+    assert {*re.findall(r"`([a-z_]+)`", rows)} - named <= {*__all__}
 
 
 def test_python(clone):
     import matplotlib
 
     matplotlib.use("agg")
-    weights, models, hybrids, circuits, wrappers = blocks("python")
+    weights, models, hybrids, circuits, wrappers, chains = blocks("python")
     namespace = {}
     exec(weights, namespace)
     assert namespace["r"].count() == namespace["r"].count(epsilon=0.5, k=10)
@@ -92,6 +105,9 @@ def test_python(clone):
     exec(wrappers, namespace)
     assert namespace["revived"].verdict()[0] == "wrapped"
     assert namespace["probes"].best("base")["score"] > 0.99
+    namespace = {}
+    exec(chains, namespace)
+    assert [word for word, _ in namespace["found"].verdicts().values()] == ["uses", "ignores"]
     matplotlib.pyplot.close("all")
 
 
