@@ -463,3 +463,34 @@ def test_a_screen_reader_finds_its_way(browser, made):
     tab.keyboard.press("Tab")
     assert tab.evaluate("document.activeElement.className") == "skip"
     tab.close()
+
+
+@pytest.mark.parametrize(
+    ("study", "says"),
+    [
+        ("wrappers-compare-tuned-100", "closer than the other model given"),
+        ("wrappers-revive-full", "Trained back on the old task: wrapped ("),
+        ("boxes-control-z", "Place by place, tuned→base:"),
+    ],
+)
+def test_the_studies_results_have_sentences(study, says):
+    result = fl.load(Path(__file__).parents[1] / "analyses" / "results" / f"{study}.nc")
+    said = text({study: result})
+    assert says in said
+    if result.kind == "representations":
+        row = result.headline()["least_alike"]["cka_debiased"]
+        assert row["closer_than_null"]
+        data = result.data.copy(deep=True)
+        data["null"][...] = 1.0  # another model that is just like the base
+        assert "); no closer than the other model given, 1.00" in text({study: type(result)(data)})
+    if result.kind == "revival":
+        assert result.verdict()[1] in said
+
+
+def test_a_folder_may_hold_other_files(found, tmp_path, capsys):
+    (tmp_path / "runs").mkdir()
+    found["updates"].save(tmp_path / "runs" / "updates.nc")
+    (tmp_path / "runs" / "other.nc").write_bytes(b"no result")
+    command("--from", tmp_path / "runs", "--out", tmp_path / "o", "--no-plots")
+    assert "not run, other.nc: " in capsys.readouterr().out
+    command("--from", tmp_path / "runs" / "other.nc", "--out", tmp_path / "p", code=2)

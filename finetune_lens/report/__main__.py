@@ -1,9 +1,12 @@
 """`python -m finetune_lens.report`."""
 
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 from finetune_lens.errors import InputError
+
+if TYPE_CHECKING:
+    from finetune_lens.report.course import Examined
 
 
 def main() -> None:
@@ -44,7 +47,7 @@ def main() -> None:
     ) -> None:
         """One HTML page: what fine-tuning did to this model, from every analysis that the inputs allow."""
         from finetune_lens.report import verdict, write_report
-        from finetune_lens.report.course import Examined, Inputs, examine
+        from finetune_lens.report.course import Inputs, examine
 
         out = Path("runs", "report") if common.out is None else common.out
         target = out / "report.html"
@@ -54,7 +57,7 @@ def main() -> None:
         if saved:
             if base or tuned or prompts or questions:
                 raise InputError("--from takes saved results instead of models: leave BASE, TUNED and their files out")
-            found = Examined(results=_read(saved))
+            found = _read(saved)
             name = title or "What did fine-tuning do?"
         else:
             if not base or not tuned:
@@ -90,20 +93,35 @@ def main() -> None:
     run(report)
 
 
-def _read(paths: list[Path]) -> dict[str, Any]:
-    """Results by name, of files and of folders with everything below them, in the order of the page."""
+def _read(paths: list[Path]) -> "Examined":
+    """Results by name, of files and of folders with everything below them, in the order of the page.
+
+    What lies in a folder and is no result of ours is told of; a file that was named has to be one.
+    """
+    from finetune_lens.report.course import Examined
     from finetune_lens.report.sections import SECTIONS
+    from finetune_lens.results import load
     from finetune_lens.results.sources import read
 
     files: list[Path] = []
+    found = Examined()
     for path in paths:
+        if not path.is_dir():
+            files.append(path)
+            continue
         inside = sorted(p for p in path.rglob("*.nc") if not any(part.startswith(".") for part in p.parts))
-        if path.is_dir() and not inside:
+        for file in inside:
+            try:
+                load(file)
+                files.append(file)
+            except InputError as error:
+                found.skipped[str(file.relative_to(path))] = str(error)
+        if not files:
             raise InputError(f"{path} holds no saved result (*.nc)")
-        files += inside if path.is_dir() else [path]
     order = {kind: place for place, kind in enumerate(SECTIONS)}
-    found = read(dict.fromkeys(files))
-    return dict(sorted(found.items(), key=lambda item: order.get(item[1].kind, len(order))))
+    results = read(dict.fromkeys(files))
+    found.results |= sorted(results.items(), key=lambda item: order.get(item[1].kind, len(order)))
+    return found
 
 
 if __name__ == "__main__":

@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from finetune_lens.results import Result
 
 NO_CHANGE = "Nothing changed"
+ALIKE = 0.99  # CKA
 LEADING = ("outputs", "updates", "interpolation", "cot")
 
 
@@ -192,21 +193,24 @@ def _group(result: "Result", group: str) -> str:
 
 
 def _representations(result: "Result") -> list[str]:
-    head = result.headline()["least_alike"]
-    row = head.get("cka_debiased") or head.get("cka")
-    if row is None:
+    if not result.matched:
         return []
+    head = result.headline()
+    row = head["least_alike"]["cka_debiased"]
     least = f"CKA {row['value']:.2f} [{row['low']:.2f}, {row['high']:.2f}]"
-    beyond = (
-        "no less than another seed's"
-        if result.headline()["null_models"]
-        else "whether another seed differs as much was not measured"
-    )
-    if row["value"] > 0.99:
-        return [f"Representations stay alike at every depth (least: {least} at depth {row['depth']})."]
-    return [
-        f"Representations differ most at depth {row['depth']} of {result.data.sizes['depth'] - 1} ({least}); {beyond}."
-    ]
+    if "null_low" not in row:
+        beside = "whether another seed differs as much was not measured"
+    else:
+        n, low, high = head["null_models"], row["null_low"], row["null_high"]
+        word = "closer" if row["closer_than_null"] else "no closer"
+        others = (
+            f"the other model given, {low:.2f}" if n == 1 else f"the nearest of {n} others, {low:.2f} to {high:.2f}"
+        )
+        beside = f"{word} than {others}"
+    if row["value"] > ALIKE:
+        return [f"Representations stay alike at every depth (least: {least} at depth {row['depth']}; {beside})."]
+    last = int(result.data["depth"].max())
+    return [f"Representations differ most at depth {row['depth']} of {last} ({least}); {beside}."]
 
 
 def _cmap(result: "Result") -> list[str]:
@@ -229,15 +233,15 @@ def _cmap(result: "Result") -> list[str]:
         )  # fmt: skip
         recovery = "" if top.get("recovery") is None else f" ({top['recovery']:.0%} of the difference)"
         sentences.append(
-            f"Head by head, {direction}: {place} moves {_metric(head['metric'])} most, by {top['effect']:+.3g} "
+            f"Place by place, {direction}: {place} moves {_metric(head['metric'])} most, by {top['effect']:+.3g} "
             f"[{top['low']:.3g}, {top['high']:.3g}]{recovery}{beside}."
         )
     return sentences
 
 
 def _revival(result: "Result") -> list[str]:
-    verdicts = result.headline().get("verdict")
-    return [f"Revival: {verdicts}."] if isinstance(verdicts, str) else []
+    word, why = result.verdict()
+    return [f"Trained back on the old task: {word} ({why})."] if word else []
 
 
 def _cot(result: "Result") -> list[str]:
