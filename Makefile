@@ -2,9 +2,15 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test lint bench zoo docs clean
+.PHONY: demo figures notebooks test lint bench zoo docs clean
 demo: .venv/.core
 	$(BIN)/python -m finetune_lens.demo
+
+figures: .venv/.core
+	$(BIN)/python -m figures
+
+notebooks: .venv/.dev
+	$(BIN)/python notebooks/execute.py
 
 test: .venv/.dev lint
 	$(BIN)/python -m pytest -n auto --maxprocesses 4

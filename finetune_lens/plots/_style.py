@@ -37,6 +37,9 @@ def styled() -> Iterator[None]:
 
     with matplotlib.style.context(Path(__file__).with_name("finetune_lens.mplstyle")):
         yield
+        interactive = matplotlib.is_interactive()
+    # the first figure loads the backend; a notebook's turns interactive mode on, and without it shows no figure
+    matplotlib.interactive(interactive)
 
 
 def new_axes(*, width: float, height: float, columns: int = 1, rows: int = 1) -> np.ndarray:
