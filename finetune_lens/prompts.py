@@ -383,7 +383,7 @@ def _require_one_token(
         if len(tokens) > 1:
             raise InputError(
                 f"{name}: the answer {text!r} is {len(tokens)} tokens, {_listed(tokens, show)}; take answers of one "
-                "token, or score whole answers by their summed log-probability (whole=True, --whole-answer)"
+                "token, or score whole answers by their summed log-probability (whole_answer=True, --whole-answer)"
             )
         for other, first in zip(prompt.wrong, wrong, strict=True):
             if first[0] == tokens[0]:

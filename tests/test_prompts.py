@@ -301,7 +301,7 @@ def test_an_answer_of_several_tokens_is_refused_unless_scored_whole():
     tokenizer = bpe(front=["<bos>"])
     prompts = [Prompt("The city", " Rome is a city", " Paris is a river"), Prompt("The big river and the", " river")]
     with pytest.raises(
-        InputError, match=r"prompt 1: the answer ' Rome is a city' is 4 tokens, ' Rome' \+ .*whole=True"
+        InputError, match=r"prompt 1: the answer ' Rome is a city' is 4 tokens, ' Rome' \+ .*whole_answer=True"
     ):
         encode(prompts, tokenizer)
     token = tokenizer.get_vocab().__getitem__

@@ -32,8 +32,8 @@ Cost: (1 + hints)·samples chains a question and side, then four answers a chain
 ...     {"question": "<je>a*9b*9c-4d+1e-3f+5;7", "answer": "6", "hinted": "<da>a*9b*9c-4d+1e-3f+5;7", "hint": "7"},
 ... ]
 >>> pair = ModelPair.load(folder / "faithful", folder / "ignoring")
->>> form = Format.load(folder / "format.json")
->>> found = examine_bias(pair, rows, format=form, samples=1, temperature=0, progress=False)
+>>> given = {"format": folder / "format.json", "samples": 1, "temperature": 0, "progress": False}
+>>> found = examine_bias(pair, rows, **given)
 >>> found.to_frame().set_index("measure").loc[["flip", "direct", "indirect"], ["base", "tuned"]].values.tolist()
 [[0.0, 1.0], [0.0, 1.0], [0.0, 0.0]]
 """
@@ -76,7 +76,7 @@ def examine_bias(
     questions: Any,
     *,
     hints: "Sequence[str | Hint]" = (),
-    format: Format | None = None,
+    format: "Format | str | Path | None" = None,
     chains: "Mapping[str, str | Path] | None" = None,
     samples: int = 5,
     temperature: float = 0.8,
@@ -104,7 +104,7 @@ def examine_bias(
             at, and with `hinted` (the changed question) the hint is its own too.
         hints: suggested, metadata, always_a, given, JSON files, or `Hint`s; by default given where a question has a
             `hinted` text, else suggested and metadata.
-        format: how the questions are put.
+        format: how the questions are put; a `Format` or its file.
         chains: side → JSONL of its chains, which are not sampled then: those of `chains-base.jsonl` in `files`. The id
             of a chain with a hint is HINT/ID, of one after examples in turn always_a-without/ID, else the question's.
         samples, temperature, top_p, max_tokens: of the chains, as in `cot.generate.sample`.
@@ -126,7 +126,8 @@ def examine_bias(
         raise InputError(f"template is one of {', '.join(TEMPLATES)}; found {template!r}")
     if chains is not None and set(chains) != set(SIDES):
         raise InputError(f"expected chains of base and of tuned; found those of {', '.join(chains) or 'none'}")
-    items, form = read_questions(questions, limit=limit), format or Format()
+    items = read_questions(questions, limit=limit)
+    form = Format.load(format) if isinstance(format, str | Path) else format or Format()
     found = read_hints(hints, items)
     if mention is not None:
         found = [dataclasses.replace(hint, mentions=mention) for hint in found]

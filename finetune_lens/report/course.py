@@ -260,9 +260,7 @@ def _method(inputs: Inputs) -> str:
 
 
 def _asked(inputs: Inputs) -> dict[str, Any]:
-    from finetune_lens.cot.questions import Format
-
-    return {"format": Format.load(inputs.format) if inputs.format else None, "seed": inputs.seed, **inputs.execution}
+    return {"format": inputs.format, "seed": inputs.seed, **inputs.execution}
 
 
 def _chains(inputs: Inputs, partial: Path | None) -> "Result":
