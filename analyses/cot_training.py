@@ -1,8 +1,8 @@
 """What does training with an explicit chain of thought build? Two-hop facts, told with the bridge written and without.
 
-    python -m analyses.cot_training all --scale tiny      # trains both models: half an hour on one core
+    python -m analyses.cot_training                       # trains both models: half an hour on one core
     python -m analyses.cot_training lens trace claims     # of the models trained before, in a minute
-    python -m analyses.cot_training all --scale paper     # the published sizes: on a GPU
+    python -m analyses.cot_training --scale paper         # the published sizes: on a GPU
     python -m figures.cot_training                        # the figure, from the stored results
 
 The study of "Unveiling the Mechanisms of Explicit CoT Training" (arXiv 2502.04667), on `finetune_lens.tasks.facts`. Two
@@ -21,7 +21,6 @@ fails at, it may yet learn.
 import dataclasses
 import json
 import shutil
-import sys
 from dataclasses import dataclass, field
 from functools import cached_property
 from importlib.metadata import version
@@ -473,32 +472,32 @@ def trace(study: Study, *, progress: bool = True) -> "xr.Dataset":
 
 
 def main() -> None:
-    scale, *todo = _arguments(sys.argv[1:])
-    study = Study(scale)
-    for step, work in (("train", train_all), ("lens", lens), ("trace", trace)):
-        if step in todo:
-            study.keep(work(study), step)
-    if "claims" in todo:
-        from analyses.cot_training_claims import claims
+    from analyses.studies import Scale, Steps, chosen, require_gpu, require_scale
+    from finetune_lens.command import Basic, run
 
-        text = "\n".join(claims(study)) + "\n"
-        with whole_file(study.results / "cot_training.md") as path:
-            path.write_text(text)
-        print(text)
+    def cot_training(steps: Steps = None, *, scale: Scale = "tiny", common: Basic) -> None:
+        """Train two models on two-hop facts, with the bridge written and without, and see what each has built."""
+        todo = chosen(steps, STEPS)
+        require_scale(scale)
+        if scale == "paper" and "train" in todo:
+            size = SCALES[scale]
+            require_gpu(f"train models of {size.layers} layers and width {size.hidden} for {size.steps:,} steps")
+        study = Study(scale)
+        if "train" in todo:
+            study.keep(train_all(study, progress=common.progress), "train")
+        if "lens" in todo:
+            study.keep(lens(study), "lens")
+        if "trace" in todo:
+            study.keep(trace(study, progress=common.progress), "trace")
+        if "claims" in todo:
+            from analyses.cot_training_claims import claims
 
+            text = "\n".join(claims(study)) + "\n"
+            with whole_file(study.results / "cot_training.md") as path:
+                path.write_text(text)
+            print(text)
 
-def _arguments(given: list[str]) -> list[str]:
-    """The scale, and the steps."""
-    scale = "tiny"
-    if "--scale" in given:
-        at = given.index("--scale")
-        scale = "".join(given[at + 1 : at + 2])
-        given = given[:at] + given[at + 2 :]
-    todo = [*STEPS] if given in ([], ["all"]) else given
-    unknown = {*todo} - {*STEPS}
-    if scale not in SCALES or unknown:
-        raise SystemExit(f"expected some of {', '.join(STEPS)}, or all, and --scale tiny or paper; found {given}")
-    return [scale, *todo]
+    run(cot_training)
 
 
 if __name__ == "__main__":

@@ -1,7 +1,8 @@
 """Does the same circuit serve base and tuned model, and where is the gain? The study of arXiv 2402.14811 on `boxes`.
 
-    python -m analyses.entity_tracking        # some minutes; analyses/results/entity-*, entity_tracking.md
-    python -m figures.entity_tracking         # the figures, from the stored results
+    python -m analyses.entity_tracking          # some minutes; analyses/results/entity-*, entity_tracking.md
+    python -m analyses.entity_tracking claims   # the tables, from the stored results, in seconds
+    python -m figures.entity_tracking           # the figures, from the stored results
 
 Prakash et al. 2024, "Fine-Tuning Enhances Existing Mechanisms": a circuit of four groups of heads tracks entities in
 Llama-7B; the same circuit serves models tuned on it, and most of their gain is in the heads that carry the position.
@@ -38,6 +39,12 @@ STEPS = (
     Step("label_teller", "k", "value_fetcher", "label:first+2"),
 )
 POSITIONAL = ("position_transmitter", "label_teller")  # groups that say which box; the others carry its object
+PARTS = ("measure", "claims")  # of the study, as its command takes them
+NEEDS = (  # what scale paper does
+    "Llama-7B with Goat-7B, FLoat-7B and Vicuna-7B tuned from it, and a GPU that holds two of them; of a pair that "
+    "you have, `python -m finetune_lens.circuits` (find, evaluate, compare, dcm, paths) and "
+    "`python -m finetune_lens.cmap` measure the same"
+)
 PATHS, SCENES, REFERENCE, DESIDERATA = 300, 300, 500, 300  # prompts of each kind
 
 
@@ -231,16 +238,27 @@ def _yes(holds: bool) -> str:
 
 
 def main() -> None:
-    found = measure()
-    for name, result in found.items():
-        with whole_file(RESULTS / f"entity-{name}.nc") as path:
-            result.save(path)
-    for name in ("base", *ARMS):
-        _called(circuit_of(found[f"{name}-paths"]), f"boxes/{name}").save(RESULTS / f"entity-{name}.json")
-    text = report(found)
-    with whole_file(RESULTS / "entity_tracking.md") as path:
-        path.write_text(text)
-    print(text)
+    from analyses.studies import Scale, Steps, chosen, require_scale
+    from finetune_lens.command import Basic, run
+
+    def entity_tracking(steps: Steps = None, *, scale: Scale = "tiny", common: Basic) -> None:
+        """Find the circuit that tracks entities, and ask whether it serves the tuned models and where their gain is."""
+        todo = chosen(steps, PARTS)
+        require_scale(scale, paper=NEEDS)
+        if "measure" in todo:
+            found = measure(progress=common.progress)
+            for name, result in found.items():
+                with whole_file(RESULTS / f"entity-{name}.nc") as path:
+                    result.save(path)
+            for name in ("base", *ARMS):
+                _called(circuit_of(found[f"{name}-paths"]), f"boxes/{name}").save(RESULTS / f"entity-{name}.json")
+        if "claims" in todo:
+            text = report(stored())
+            with whole_file(RESULTS / "entity_tracking.md") as path:
+                path.write_text(text)
+            print(text)
+
+    run(entity_tracking)
 
 
 if __name__ == "__main__":

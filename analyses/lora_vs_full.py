@@ -88,6 +88,11 @@ class Tuning:
         return f"{self.method}{self.rank or ''}-{self.rate:g}-seed{self.seed}"
 
 
+STEPS = ("sweep", "claims")
+NEEDS = (  # what scale paper does
+    "RoBERTa-base and Llama-2-7B, tuned by LoRA and fully on the paper's tasks, their data, and a GPU; of checkpoints "
+    "that you have, `python -m finetune_lens.intruders BASE TUNED` counts intruders, and with --eval scales them"
+)
 # Mini trains a toy for a few steps and calls any accuracy reached: it tries the course of a sweep and finds nothing.
 MINI = Sweep(
     full_rates=(1e-3,), lora_rates=(1e-2,), ranks=(1, 2), seeds=(0, 1), target=0.0, steps=2, items=10, null_draws=2,
@@ -735,34 +740,36 @@ def report(data: "xr.Dataset") -> str:
 def main() -> None:
     import typer
 
+    from analyses.studies import Scale, Steps, chosen, require_scale
     from finetune_lens.command import Basic, run
 
-    def sweep(
+    def lora_vs_full(
+        steps: Steps = None,
         *,
-        scale: Annotated[str, typer.Option(help="tiny (the study), or mini (seconds; tries the course).")] = "tiny",
+        scale: Scale = "tiny",
+        mini: Annotated[bool, typer.Option("--mini", help="A toy in seconds, to try the course alone.")] = False,
         work: Annotated[Path, typer.Option(help="Folder of the runs; an interrupted sweep continues from it.")] = Path(
             "runs", NAME
         ),
+        results: Annotated[
+            Path, typer.Option(help="Folder of the results.", show_default="analyses/results")
+        ] = RESULTS,
         common: Basic,
     ) -> None:
-        """Train, score and measure the sweep; the study's results replace those in analyses/results."""
-        if scale not in SCALES:
-            raise InputError(f"scale is one of {', '.join(SCALES)}; found {scale!r}")
-        data = run_sweep(work / scale, scale, progress=not common.quiet)
-        folder = RESULTS if scale == "tiny" else work / scale / "results"
-        save(data, folder)
-        print(report(data))
-        common.say(f"saved in {folder}/")
+        """Train, score and measure LoRA and full fine-tuning over ranks and rates; print the claims.
 
-    def claims(
-        *,
-        results: Annotated[Path, typer.Option(help="Folder of the results.")] = RESULTS,
-        common: Basic,
-    ) -> None:
-        """Print the table of claims from stored results."""
+        The results of a sweep replace those in the folder of results.
+        """
+        todo = chosen(steps, STEPS)
+        require_scale(scale, paper=NEEDS)
+        if "sweep" in todo:
+            size = "mini" if mini else scale
+            results = work / size / "results" if mini else results
+            save(run_sweep(work / size, size, progress=not common.quiet), results)
+            common.say(f"saved in {results}/")
         print(report(load(results)))
 
-    run(sweep, claims)
+    run(lora_vs_full)
 
 
 if __name__ == "__main__":

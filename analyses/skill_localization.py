@@ -37,8 +37,13 @@ ARMS = {
 SPARSITIES = (1e-4, 1e-3, 3e-3, 1e-2, 3e-2, 0.1, 0.3)
 EXAMPLES = 512
 TARGET = 0.95
+STEPS = ("grafts", "axis", "claims")
 PAPER = 1e-4  # share of the parameters at which the paper recovers that much (masked language models, 4096 shots)
 JOINED = ("select-sgd", "new-adamw")
+NEEDS = (  # what scale paper does
+    "RoBERTa-base, its fine-tuned versions of the paper's 13 tasks and their data, and a GPU; of pairs that you have, "
+    "`python -m finetune_lens.grafting BASE TUNED PROMPTS` searches the grafts"
+)
 SITES = (1, 2, 3, 4, 6, 8)  # heads patched together, the largest effects first
 
 
@@ -288,33 +293,44 @@ def stored(arm: str) -> "Grafting":
     return fl.load(RESULTS / f"skills-{arm}-graft.nc")
 
 
+def report() -> str:
+    """All tables, from the stored results."""
+    lines = claims({arm: stored(arm) for arm in ARMS}) + together(fl.load(RESULTS / "skills-together.nc"))
+    for arm in JOINED:
+        lines += ["", f"## On one axis: {ARMS[arm]}", "", "```"]
+        for name in ("recovery", "sites", "parts"):
+            lines += [fl.load(RESULTS / f"skills-{arm}-{name}.nc").summary(), ""]
+        lines[-1] = "```"
+    return "\n".join(lines) + "\n"
+
+
 def main() -> None:
-    import sys
     import tempfile
 
-    todo = sys.argv[1:] or ["grafts", "axis", "claims"]
-    if unknown := set(todo) - {"grafts", "axis", "claims"}:
-        raise SystemExit(f"expected grafts, axis, claims; found {', '.join(sorted(unknown))}")
-    if "grafts" in todo:
-        for arm in ARMS:
-            _keep(graft(arm), f"skills-{arm}-graft")
-        with tempfile.TemporaryDirectory() as folder:
-            _keep(across(Path(folder)), "skills-together")
-    if "axis" in todo:
-        for arm in JOINED:
-            for name, result in zip(("recovery", "sites", "parts"), axis(arm), strict=True):
-                _keep(result, f"skills-{arm}-{name}")
-    if "claims" in todo:
-        lines = claims({arm: stored(arm) for arm in ARMS}) + together(fl.load(RESULTS / "skills-together.nc"))
-        for arm in JOINED:
-            lines += ["", f"## On one axis: {ARMS[arm]}", "", "```"]
-            for name in ("recovery", "sites", "parts"):
-                lines += [fl.load(RESULTS / f"skills-{arm}-{name}.nc").summary(), ""]
-            lines[-1] = "```"
-        text = "\n".join(lines) + "\n"
-        with whole_file(RESULTS / "skill_localization.md") as path:
-            path.write_text(text)
-        print(text)
+    from analyses.studies import Scale, Steps, chosen, require_scale
+    from finetune_lens.command import Basic, run
+
+    def skill_localization(steps: Steps = None, *, scale: Scale = "tiny", common: Basic) -> None:
+        """Find the few entries of an update that carry a skill, beside all else that moves part of it."""
+        todo = chosen(steps, STEPS)
+        require_scale(scale, paper=NEEDS)
+        if "grafts" in todo:
+            for arm in ARMS:
+                _keep(graft(arm, progress=common.progress), f"skills-{arm}-graft")
+            with tempfile.TemporaryDirectory() as folder:
+                _keep(across(Path(folder), progress=common.progress), "skills-together")
+        if "axis" in todo:
+            for arm in JOINED:
+                found = axis(arm, progress=common.progress)
+                for name, result in zip(("recovery", "sites", "parts"), found, strict=True):
+                    _keep(result, f"skills-{arm}-{name}")
+        if "claims" in todo:
+            text = report()
+            with whole_file(RESULTS / "skill_localization.md") as path:
+                path.write_text(text)
+            print(text)
+
+    run(skill_localization)
 
 
 def _keep(result: Any, name: str) -> None:

@@ -2,7 +2,7 @@
 
     python -m analyses.wrappers tune probe prune revive compare   # from the shipped models, half an hour on one core
     python -m analyses.wrappers claims                            # the tables, from the stored results, in seconds
-    python -m analyses.wrappers all --scale published             # trains all models at the paper's size: on a GPU
+    python -m analyses.wrappers --scale paper                     # trains all models at the paper's size: on a GPU
     python -m figures.wrappers                                    # the figures, from the stored results
 
 The zoo's family `wrappers`, after Jain et al. 2023 (arXiv 2311.12786): one base, tuned with the cue #b = #a + 1 in none
@@ -16,7 +16,6 @@ five steps:
 - compare: CKA of base and tuned model at every two depths.
 """
 
-import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -58,18 +57,25 @@ COMPARED = ("tuned-0", "tuned-100")
 
 
 class Study:
-    """The models of one scale, and where results lie."""
+    """The models of one scale, and where results lie; those of scale paper are trained where they are not there yet.
 
-    def __init__(self, scale: str = "small"):
-        self.settings = {"small": recipe.SETTINGS, "published": recipe.PUBLISHED}[scale]
-        self.folder = zoo.path("wrappers") if scale == "small" else Path("runs/wrappers-published")
-        self.results = HERE / "results" if scale == "small" else self.folder / "results"
-        self.device = "auto" if scale == "published" else "cpu"
+    Raises:
+        InputError: they have to be trained, and there is no GPU.
+    """
+
+    def __init__(self, scale: str = "tiny", *, progress: bool = True):
+        from analyses.studies import require_gpu
+
+        self.settings = {"tiny": recipe.SETTINGS, "paper": recipe.PUBLISHED}[scale]
+        self.folder = zoo.path("wrappers") if scale == "tiny" else Path("runs/wrappers-paper")
+        self.results = HERE / "results" if scale == "tiny" else self.folder / "results"
+        self.device = "auto" if scale == "paper" else "cpu"
         self.language = Language(self.settings.length)
-        if scale == "published" and not (self.folder / "scores.json").exists():
-            work = Path("runs/.wrappers-published.partial")
+        if scale == "paper" and not (self.folder / "scores.json").exists():
+            require_gpu(f"train the family at {self.settings.layers} layers and width {self.settings.hidden}")
+            work = Path("runs/.wrappers-paper.partial")
             work.mkdir(parents=True, exist_ok=True)
-            recipe.build(work, settings=self.settings).rename(self.folder)
+            recipe.build(work, settings=self.settings, progress=progress).rename(self.folder)
 
     def pair(self, arm: str) -> fl.ModelPair:
         return fl.ModelPair.load(self.folder / PAIRS[arm], self.folder / arm)
@@ -310,33 +316,27 @@ def _ratio(row: Any) -> str:
 
 
 def main() -> None:
-    scale, *todo = _arguments(sys.argv[1:])
-    study = Study(scale)
-    for step, names, work in (
-        ("tune", TUNED, tune), ("probe", PROBED_ARMS, probe), ("prune", PRUNED, prune), ("revive", WAYS, revive),
-        ("compare", COMPARED, compare),
-    ):  # fmt: skip
-        for name in names if step in todo else ():
-            study.keep(work(study, name), f"{step}-{name}")
-    if "claims" in todo:
-        text = "\n".join(claims(study)) + "\n"
-        with whole_file(study.results / "wrappers.md") as path:
-            path.write_text(text)
-        print(text)
+    from analyses.studies import Scale, Steps, chosen, require_scale
+    from finetune_lens.command import Basic, run
 
+    def wrappers(steps: Steps = None, *, scale: Scale = "tiny", common: Basic) -> None:
+        """Ask whether a skill was lost in tuning or hidden: by its course, by probes, by pruning, by training back."""
+        todo = chosen(steps, STEPS)
+        require_scale(scale)
+        study = Study(scale, progress=common.progress)
+        for step, names, work in (
+            ("tune", TUNED, tune), ("probe", PROBED_ARMS, probe), ("prune", PRUNED, prune), ("revive", WAYS, revive),
+            ("compare", COMPARED, compare),
+        ):  # fmt: skip
+            for name in names if step in todo else ():
+                study.keep(work(study, name, progress=common.progress), f"{step}-{name}")
+        if "claims" in todo:
+            text = "\n".join(claims(study)) + "\n"
+            with whole_file(study.results / "wrappers.md") as path:
+                path.write_text(text)
+            print(text)
 
-def _arguments(given: list[str]) -> list[str]:
-    """The scale, and the steps."""
-    scale = "small"
-    if "--scale" in given:
-        at = given.index("--scale")
-        scale = "".join(given[at + 1 : at + 2])
-        given = given[:at] + given[at + 2 :]
-    todo = [*STEPS] if given in ([], ["all"]) else given
-    unknown = {*todo} - {*STEPS}
-    if scale not in ("small", "published") or unknown:
-        raise SystemExit(f"expected some of {', '.join(STEPS)}, or all, and --scale small or published; found {given}")
-    return [scale, *todo]
+    run(wrappers)
 
 
 if __name__ == "__main__":

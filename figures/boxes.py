@@ -5,7 +5,6 @@
 Reads analyses/results; writes figures/boxes.png and .pdf.
 """
 
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from analyses import boxes as study
@@ -17,7 +16,13 @@ if TYPE_CHECKING:
 
     from finetune_lens.results.cmap import CrossPatching
 
-ROOT = Path(__file__).resolve().parents[1]
+STUDY, CLAIMS = "python -m analyses.boxes", "boxes.md"
+GALLERY = {
+    "boxes": (
+        "Where the gain lives",
+        "Single heads patched across models: two arms tuned on another task, and one tuned on boxes.",
+    ),
+}
 
 
 def draw(results: dict[str, "CrossPatching"]) -> "Figure":
@@ -37,13 +42,15 @@ def draw(results: dict[str, "CrossPatching"]) -> "Figure":
     return figure
 
 
-def main() -> None:
-    import matplotlib
+def figures() -> "dict[str, Figure]":
+    """From the stored results, by the names of their files."""
+    return {"boxes": draw({arm: study.stored(arm) for arm in study.ARMS})}
 
-    matplotlib.use("agg")
-    figure = draw({arm: study.stored(arm) for arm in study.ARMS})
-    for kind in ("png", "pdf"):
-        figure.savefig(ROOT / "figures" / f"boxes.{kind}")
+
+def main() -> None:
+    from figures.gallery import write
+
+    write(figures)
 
 
 if __name__ == "__main__":

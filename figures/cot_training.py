@@ -5,7 +5,6 @@
 Reads analyses/results; writes figures/cot_training.png and .pdf.
 """
 
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -19,7 +18,14 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-ROOT = Path(__file__).resolve().parents[1]
+STUDY, CLAIMS = "python -m analyses.cot_training", "cot_training.md"
+GALLERY = {
+    "cot_training": (
+        "What does training with a written bridge build?",
+        "Two-hop facts told with the bridge entity and without: accuracy along training, "
+        "where the bridge emerges, and which states carry the answer.",
+    ),
+}
 LINES = {  # measure: words, colour, line
     "fact ood": ("atomic facts, OOD", "0.45", ":"), "t train": ("two-hop, trained", "#009E73", "--"),
     "t held": ("two-hop, ID", _style.OBSERVED, "-"), "t ood": ("two-hop, OOD", _style.MARK, "-"),
@@ -172,13 +178,15 @@ def _shares(ax: "Axes", moved: Any) -> None:
     ax.legend(loc="lower left")
 
 
-def main() -> None:
-    import matplotlib
+def figures() -> "dict[str, Figure]":
+    """From the stored results, by the names of their files."""
+    return {"cot_training": draw(study.Study())}
 
-    matplotlib.use("agg")
-    figure = draw(study.Study())
-    for kind in ("png", "pdf"):
-        figure.savefig(ROOT / "figures" / f"cot_training.{kind}")
+
+def main() -> None:
+    from figures.gallery import write
+
+    write(figures)
 
 
 if __name__ == "__main__":

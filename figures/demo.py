@@ -16,6 +16,14 @@ from finetune_lens import demo
 from finetune_lens.plots import _style
 
 ROOT = Path(__file__).resolve().parents[1]
+STUDY, CLAIMS = "make demo", ""
+GALLERY = {
+    "demo": (
+        "One task, learnt twice",
+        "Intruder dimensions of one task learnt by full fine-tuning and by LoRA, and what chance gives.",
+    ),
+}
+RUNS = ROOT / "runs" / "demo"
 BLOCK = re.compile(r"(<!-- demo: .*? -->\n).*?(<!-- /demo -->)", re.DOTALL)
 COLOURS = {"full": "#0072B2", "lora": "#D55E00"}
 
@@ -59,14 +67,23 @@ def draw(results: dict) -> "object":
     return axes[0].figure
 
 
+def figures(runs: Path = RUNS) -> dict:
+    """From what the demo saved, by the names of their files; none where it has not run."""
+    return {"demo": draw(saved(runs))} if runs.is_dir() else {}
+
+
+def saved(runs: Path) -> dict:
+    return {m: {n: fl.load(runs / m / f"{n}.nc") for n in ("intruders", "updates")} for m in demo.METHODS}
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--runs", type=Path, default=ROOT / "runs" / "demo")
+    parser.add_argument("--runs", type=Path, default=RUNS)
     runs = parser.parse_args().runs
-    results = {m: {n: fl.load(runs / m / f"{n}.nc") for n in ("intruders", "updates")} for m in demo.METHODS}
+    results = saved(runs)
     figure = draw(results)
-    for kind in ("png", "pdf"):
-        figure.savefig(ROOT / "figures" / f"demo.{kind}", format=kind)
+    for kind, told in (("png", {}), ("pdf", {"CreationDate": None})):
+        figure.savefig(ROOT / "figures" / f"demo.{kind}", metadata=told)
     readme = ROOT / "README.md"
     readme.write_text(with_table(readme.read_text(), demo.table(results)))
 

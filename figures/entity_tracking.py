@@ -6,7 +6,6 @@ Reads analyses/results; writes figures/entity_tracking.png and .pdf.
 """
 
 from collections.abc import Mapping
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from analyses import entity_tracking as study
@@ -17,7 +16,14 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-ROOT = Path(__file__).resolve().parents[1]
+STUDY, CLAIMS = "python -m analyses.entity_tracking", "entity_tracking.md"
+GALLERY = {
+    "entity_tracking": (
+        "Does the same circuit serve both models?",
+        "The circuit that tracks entities in the base, how faithful it is before and after tuning, and what "
+        "its heads carry.",
+    ),
+}
 ARM = "control"
 
 
@@ -50,13 +56,15 @@ def _below(ax: "Axes", columns: int, lower: float) -> None:
     legend.set_bbox_to_anchor((0.5, lower), transform=ax.transAxes)
 
 
-def main() -> None:
-    import matplotlib
+def figures() -> "dict[str, Figure]":
+    """From the stored results, by the names of their files."""
+    return {"entity_tracking": draw(study.stored(), study.circuits())}
 
-    matplotlib.use("agg")
-    figure = draw(study.stored(), study.circuits())
-    for kind in ("png", "pdf"):
-        figure.savefig(ROOT / "figures" / f"entity_tracking.{kind}")
+
+def main() -> None:
+    from figures.gallery import write
+
+    write(figures)
 
 
 if __name__ == "__main__":

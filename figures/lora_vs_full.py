@@ -20,7 +20,14 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-ROOT = Path(__file__).resolve().parents[1]
+STUDY, CLAIMS = "python -m analyses.lora_vs_full", "lora_vs_full.md"
+GALLERY = {
+    "lora_vs_full": (
+        "LoRA against full fine-tuning",
+        "Intruder dimensions of 80 runs over ranks and rates, at equal accuracy, against their nulls, and "
+        "what the runs forget.",
+    ),
+}
 FULL = ("#0072B2", "o")
 LORA = (("#F2B27E", "^"), ("#E5812F", "s"), ("#B4510C", "D"), ("#6B2D04", "p"))  # light to dark as the rank rises
 
@@ -144,12 +151,18 @@ def _legend(figure: "Figure", looks: dict) -> None:
     figure.legend(handles=handles, loc="outside lower center", ncols=4, frameon=False)
 
 
+def figures(results: Path = study.RESULTS) -> "dict[str, Figure]":
+    """From the results in a folder, by the names of their files."""
+    return {"lora_vs_full": draw(study.load(results))}
+
+
 def main() -> None:
+    from figures.gallery import write
+
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--results", type=Path, default=study.RESULTS)
-    figure = draw(study.load(parser.parse_args().results))
-    for kind in ("png", "pdf"):
-        figure.savefig(ROOT / "figures" / f"lora_vs_full.{kind}", format=kind)
+    results = parser.parse_args().results
+    write(lambda: figures(results))
 
 
 if __name__ == "__main__":

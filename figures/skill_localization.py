@@ -6,7 +6,6 @@ Reads analyses/results; writes figures/skill_localization.png and .pdf (a panel 
 .pdf, and figures/parts.png and .pdf (one pair).
 """
 
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 import finetune_lens as fl
@@ -19,7 +18,22 @@ if TYPE_CHECKING:
 
     from finetune_lens.results.grafting import Grafting
 
-ROOT = Path(__file__).resolve().parents[1]
+STUDY, CLAIMS = "python -m analyses.skill_localization", "skill_localization.md"
+GALLERY = {
+    "skill_localization": (
+        "Where does a skill live?",
+        "Share of the entries of an update that recover its gain, for a new and a selected skill, by "
+        "how they were tuned.",
+    ),
+    "recovery_axis": (
+        "One axis for all of it",
+        "Everything that moves part of an update or of a run: share moved against share of the gain recovered.",
+    ),
+    "parts": (
+        "The same parts by every measure",
+        "Size of the update, intruders, graft, sensitivity and patch effect of each matrix, and how their ranks agree.",
+    ),
+}
 SHOWN = study.JOINED[0]
 CURVES = (
     "graft", "largest |Δ|", "largest |g⊙Δ|", "random", "ternary top-|τ|", "layers swapped from below",
@@ -56,19 +70,22 @@ def draw(results: dict[str, "Grafting"]) -> "Figure":
     return figure
 
 
-def main() -> None:
-    import matplotlib
+def figures() -> "dict[str, Figure]":
+    """From the stored results, by the names of their files."""
     import numpy as np
 
-    matplotlib.use("agg")
-    figures = {"skill_localization": draw({arm: study.stored(arm) for arm in study.ARMS})}
-    recovery = fl.load(study.RESULTS / f"skills-{SHOWN}-recovery.nc")
-    parts = fl.load(study.RESULTS / f"skills-{SHOWN}-parts.nc")
-    figures["recovery_axis"] = np.ravel(plots.recovery_axis(recovery, curves=CURVES))[0].figure
-    figures["parts"] = np.ravel(plots.parts(parts))[0].figure
-    for name, figure in figures.items():
-        for kind in ("png", "pdf"):
-            figure.savefig(ROOT / "figures" / f"{name}.{kind}")
+    recovery, parts = (fl.load(study.RESULTS / f"skills-{SHOWN}-{name}.nc") for name in ("recovery", "parts"))
+    return {
+        "skill_localization": draw({arm: study.stored(arm) for arm in study.ARMS}),
+        "recovery_axis": np.ravel(plots.recovery_axis(recovery, curves=CURVES))[0].figure,
+        "parts": np.ravel(plots.parts(parts))[0].figure,
+    }
+
+
+def main() -> None:
+    from figures.gallery import write
+
+    write(figures)
 
 
 if __name__ == "__main__":

@@ -5,7 +5,6 @@
 Reads analyses/results; writes figures/wrappers.png and .pdf, and figures/wrappers_cka.png and .pdf.
 """
 
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -18,7 +17,18 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-ROOT = Path(__file__).resolve().parents[1]
+STUDY, CLAIMS = "python -m analyses.wrappers", "wrappers.md"
+GALLERY = {
+    "wrappers": (
+        "Wrapper or loss?",
+        "Tuning with a cue hides what the base could do, tuning without one loses it; probes, pruning and "
+        "revival beside models that never could.",
+    ),
+    "wrappers_cka": (
+        "Which layers moved",
+        "CKA of base and tuned model at every two depths, tuned without the cue and with it.",
+    ),
+}
 ARMS = {  # colour, mark
     "tuned-0": ("#009E73", "^"), "tuned-50": ("#56B4E9", "X"), "tuned-80": ("#E69F00", "P"),
     "tuned-100": (_style.MARK, "s"), "absent-100": ("0.35", "v"), "absent-again": ("0.35", "<"),
@@ -165,14 +175,16 @@ def draw_cka(results: study.Study) -> "Figure":
     return figure
 
 
-def main() -> None:
-    import matplotlib
-
-    matplotlib.use("agg")
+def figures() -> "dict[str, Figure]":
+    """From the stored results, by the names of their files."""
     results = study.Study()
-    for name, figure in {"wrappers": draw(results), "wrappers_cka": draw_cka(results)}.items():
-        for kind in ("png", "pdf"):
-            figure.savefig(ROOT / "figures" / f"{name}.{kind}")
+    return {"wrappers": draw(results), "wrappers_cka": draw_cka(results)}
+
+
+def main() -> None:
+    from figures.gallery import write
+
+    write(figures)
 
 
 if __name__ == "__main__":

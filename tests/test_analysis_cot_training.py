@@ -355,17 +355,3 @@ def test_seeds_that_differ_decide_nothing(mini):
     two[0]["right"] = right
     claim = "with the bridge, ID items are learnt (accuracy ≥ 0.9)"
     assert words(*two)[claim] == "undecided: seeds differ"
-
-
-# The command
-
-
-@pytest.mark.parametrize("given", [["--scale", "huge"], ["nothing"], ["--scale"]])
-def test_a_wrong_word_ends_in_one_line(given):
-    with pytest.raises(SystemExit, match="expected some of train, lens"):
-        study._arguments(given)
-
-
-def test_arguments():
-    assert study._arguments([]) == study._arguments(["all"]) == ["tiny", *study.STEPS]
-    assert study._arguments(["lens", "--scale", "paper"]) == ["paper", "lens"]

@@ -84,15 +84,24 @@ def test_rows_ask_what_they_should(mini):
     assert rows != mini.rows(40, "b", 1.0, seed=2)
 
 
-@pytest.mark.parametrize("given", [["--scale", "huge"], ["nothing"], ["--scale"]])
-def test_a_wrong_word_ends_in_one_line(given):
-    with pytest.raises(SystemExit, match="expected some of tune, probe"):
-        study._arguments(given)
+def test_scale_paper_is_the_published_size(monkeypatch, tmp_path):
+    """Built where it is not there, in a folder of its own; the zoo's results are not touched."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("analyses.studies.require_gpu", lambda what: None)
+    asked = {}
 
+    def build(work, **options):
+        asked.update(options)
+        (work / "scores.json").write_text("{}")
+        return work
 
-def test_arguments():
-    assert study._arguments([]) == ["small", *study.STEPS]
-    assert study._arguments(["probe", "--scale", "published"]) == ["published", "probe"]
+    monkeypatch.setattr(recipe, "build", build)
+    found = study.Study("paper", progress=False)
+    assert asked == {"settings": recipe.PUBLISHED, "progress": False}
+    assert str(found.results) == "runs/wrappers-paper/results"
+    asked.clear()
+    study.Study("paper")
+    assert asked == {}, "what is there is not trained again"
 
 
 def test_figures(small):

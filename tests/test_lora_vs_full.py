@@ -37,8 +37,8 @@ def no_windows():
 
 
 def sweep(work, monkeypatch, *words):
-    """The command itself, on the mini scale; its exit code."""
-    monkeypatch.setattr(sys, "argv", ["lora_vs_full", "sweep", "--scale", "mini", "--work", str(work), *words])
+    """The command itself, on a toy; its exit code."""
+    monkeypatch.setattr(sys, "argv", ["lora_vs_full", "sweep", "--mini", "--work", str(work), *words])
     with pytest.raises(SystemExit) as ended:
         study.main()
     return ended.value.code
@@ -167,11 +167,11 @@ def test_a_run_that_diverges_is_kept_and_marked(tmp_path, monkeypatch):
 
 
 def test_an_unknown_scale_is_refused(monkeypatch, capsys):
-    monkeypatch.setattr(sys, "argv", ["lora_vs_full", "sweep", "--scale", "huge"])
+    monkeypatch.setattr(sys, "argv", ["lora_vs_full", "sweep", "--scale", "mini"])
     with pytest.raises(SystemExit) as ended:
         study.main()
     assert ended.value.code == 2
-    assert "tiny, mini" in capsys.readouterr().err
+    assert "tiny or paper" in capsys.readouterr().err
 
 
 def test_scores_are_those_of_the_recipe_and_losses_those_of_the_model():

@@ -136,21 +136,26 @@ class Grafting(Result):
     def _frame(self) -> "pd.DataFrame":
         import pandas as pd
 
+        masks: list[tuple[str, float | None]] = []
+        for level in self.levels:
+            masks += [(method, level) for method in self.methods if not np.isnan(self._entries(method, level))]
+        masks.append(("blocks", None))
         rows = []
         for file in self.files:
-            for level in self.levels:
-                for method in self.methods:
-                    if np.isnan(self._entries(method, level)):
-                        continue
-                    rows.append({"file": file, "level": level} | self._row(file, method, level))
-                if level == self.levels[-1]:
-                    rows.append({"file": file, "level": np.nan} | self._row(file, "blocks", None))
+            found = [self.values(self.metric, file=file, method=method, level=level) for method, level in masks]
+            base, tuned = (self.values(self.metric, file=file, method=side) for side in ("base", "tuned"))
+            # at once: the resamples are those of the examples, whatever the mask
+            rel = np.transpose(stats.interval_of_ratio(np.stack(found) - base, tuned - base))
+            for (method, level), metric, three in zip(masks, found, rel.tolist(), strict=True):
+                at = {"file": file, "level": np.nan if level is None else level}
+                rows.append(at | self._row(file, method, level, metric, three))
         return pd.DataFrame(rows)
 
-    def _row(self, file: str, method: str, level: float | None) -> dict[str, Any]:
+    def _row(
+        self, file: str, method: str, level: float | None, metric: np.ndarray, recovery: list[float]
+    ) -> dict[str, Any]:
         whole, gap = method == "blocks", self._gaps[file]
-        metric = self.values(self.metric, file=file, method=method, level=level)
-        rel, low, high = self.recovery(file=file, method=method, level=level)
+        rel, low, high = recovery
         agreed = self.values("agreement", file=file, method=method, level=level)
         return {
             "method": "all of the blocks" if whole else method,
