@@ -65,7 +65,7 @@ class Settings:
     steps: int = 7000
     rate: float = 2e-3
     warmup: int = 50
-    seeds: tuple[int, ...] = (0,)
+    seeds: tuple[int, ...] = (0, 1)
     items: int = 300
 
 

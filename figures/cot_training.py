@@ -45,7 +45,7 @@ SPLIT_LOOK = {
 
 
 def draw(results: study.Study) -> "Figure":
-    """Accuracy along training, the bridge's MRR by depth and position, maps of the tracing; of the first seed."""
+    """Accuracy along training, the bridge's MRR by depth and position, maps of the tracing; of the first seed, others thin."""
     import matplotlib.pyplot as plt
 
     from finetune_lens.plots._figure import StyledFigure
@@ -98,6 +98,9 @@ def _training(ax: "Axes", told: Any, seed: int, arm: str) -> None:
         frame = accuracy(told, seed, arm, measure)
         ax.fill_between(frame["step"], frame["low"], frame["high"], color=colour, alpha=0.2, lw=0)
         ax.plot(frame["step"], frame["mean"], line, color=colour, label=words)
+        for other in told["seed"].values[1:]:
+            again = accuracy(told, int(other), arm, measure)
+            ax.plot(again["step"], again["mean"], line, color=colour, lw=0.5, alpha=0.6)
     ax.axhspan(0, float(told["commonest"].max()), color=_style.NULL_BAND, lw=0, zorder=0)
     last = int(told["step"].values[-1])
     ax.set_xscale("symlog", linthresh=50, linscale=0.4)

@@ -15,7 +15,7 @@ from finetune_lens import stats
 KEPT = study.HERE / "results" / "cot_training.md"
 MINI = study.Settings(
     world={"entities": 30, "relations": 8, "degree": 4, "ood_share": 0.2, "held_share": 0.05},
-    hidden=16, layers=2, heads=2, batch=16, steps=6, warmup=1, items=12,
+    hidden=16, layers=2, heads=2, batch=16, steps=6, warmup=1, items=12, seeds=(0,),
 )  # fmt: skip
 
 
