@@ -45,7 +45,7 @@ SPLIT_LOOK = {
 
 
 def draw(results: study.Study) -> "Figure":
-    """Accuracy along training, the bridge's MRR by depth and position, maps of the tracing; of the first seed, others thin."""
+    """Accuracy along training, the bridge's MRR by depth and position, maps of the tracing: one seed; others thin."""
     import matplotlib.pyplot as plt
 
     from finetune_lens.plots._figure import StyledFigure
