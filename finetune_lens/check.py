@@ -129,7 +129,17 @@ def _rows(base: "HookedModel", tuned: "HookedModel", prompts: Any, seed: int, li
     reach = [getattr(m.module.config.get_text_config(), "max_position_embeddings", None) for m in (base, tuned)]
     longest = min([n for n in reach if n], default=LENGTHS[0])
     lengths = [max(2, min(n, longest - (LENGTHS[0] - n))) for n in LENGTHS]
-    return random_rows(min(base.vocabulary, tuned.vocabulary), lengths, seed, sorted(special))
+    rows = random_rows(min(base.vocabulary, tuned.vocabulary), lengths, seed, sorted(special))
+    front = _front(base)
+    return [(front + row)[: len(row)] if len(front) < len(row) else row for row in rows]
+
+
+def _front(model: "HookedModel") -> list[int]:
+    """The special token that its tokenizer puts before every text: without it some models' numbers are far off."""
+    if model.tokenizer is None:
+        return []
+    first = model.tokenizer("")["input_ids"][:1]
+    return first if first == [model.tokenizer.bos_token_id] else []
 
 
 def _premises(pair: "ModelPair", base: "HookedModel", tuned: "HookedModel") -> list[Gate]:

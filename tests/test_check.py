@@ -12,7 +12,7 @@ import torch
 from test_patching import letters
 
 import finetune_lens as fl
-from finetune_lens import zoo
+from finetune_lens import check, zoo
 from finetune_lens.check import check_pair, require_safe
 from finetune_lens.errors import GateFailed, InputError
 from finetune_lens.hooked import HookedModel, gates
@@ -93,6 +93,16 @@ def test_the_pairs_that_ship_pass():
 def with_hook(model, path, hook, kind="register_forward_hook"):
     getattr(model.get_submodule(path), kind)(hook)
     return model
+
+
+def test_random_texts_begin_as_the_tokenizer_begins_texts():
+    folder = fl.zoo.path("strings")
+    base, tuned = fl.ModelPair.load(folder / "base", folder / "full").models()
+    rows = check._rows(base, tuned, None, 0, None)
+    special = {*base.tokenizer.all_special_ids}
+    assert {row[0] for row in rows} == {base.tokenizer.bos_token_id}
+    assert not special & {token for row in rows for token in row[1:]}
+    assert len({*map(len, rows)}) > 1
 
 
 def test_rows_that_act_on_each_other(base, tuned):
