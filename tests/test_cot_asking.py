@@ -177,7 +177,7 @@ def test_an_answer_that_begins_with_its_announcement_is_read():
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"scoring": "best"}, "scoring is auto or exact; found 'best'"),
+        ({"scoring": "best"}, "scoring is one of auto, exact; found 'best'"),
         ({"max_tokens": 0}, "at least 1 token"),
         ({"prompts": ["a:0;"] * 2}, "expected a question, chain, cuts and prompt a row"),
         ({"cuts": [["a:0;", "unknown;"]]}, r"of question q: the tokenizer has no token for .* in 'unknown;'"),

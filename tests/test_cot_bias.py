@@ -537,6 +537,77 @@ def test_empty_cut_off_and_unparsed_are_counted(strangers, tmp_path):
     assert found.to_frame()["questions"].eq(3).all(), "none is dropped"
 
 
+def test_chains_leave_room_for_an_answer_behind_every_prompt_that_they_are_put_after(strangers, tmp_path, monkeypatch):
+    """One written behind the bare question is asked behind the longer prompt with the hint."""
+    rows, tokenizer = CITIES[:3], strangers.base.tokenizer
+    questions = read_questions(rows)
+    longest = {
+        hint: max(len(tokenizer(row.prompt)["input_ids"]) for row in put_hint(HINTS[hint], questions, Format())[0])
+        for hint in ("suggested", "metadata")
+    }
+    limit = max(longest.values()) + 40
+    for model in (strangers.base, strangers.tuned):
+        monkeypatch.setattr(model.module.config, "max_position_embeddings", limit)
+    found = examine_bias(strangers, rows, max_tokens=500, files=tmp_path, **FEW)
+    counts = found.counts()
+    assert (counts["cut_off_with"] > 0).all()
+    prompts = [json.loads(line) for line in (tmp_path / "prompts.jsonl").read_text().splitlines()]
+    lengths = []
+    for side in ("base", "tuned"):
+        lines = map(json.loads, (tmp_path / f"chains-{side}.jsonl").read_text().splitlines())
+        chains = {(line["id"], line["sample"]): line["text"] for line in lines}
+        for row, sample in product(prompts, (0, 1)):
+            for chain in (chains[row["id"], sample], chains[f"{row['hint']}/{row['id']}", sample]):
+                text = row["with"] + chain + Format().cue + " A"
+                lengths.append(len(tokenizer(text)["input_ids"]))
+    assert limit - 9 <= max(lengths) <= limit, "as long as they may be, and no longer"
+    monkeypatch.setattr(strangers.base.module.config, "max_position_embeddings", min(longest.values()) + 5)
+    monkeypatch.setattr(generate, "write", lambda *given: pytest.fail("a chain was written"))
+    with pytest.raises(InputError, match=r"question 1 with the hint .* leaves .* no room for a chain and an answer"):
+        examine_bias(strangers, rows, max_tokens=500, **FEW)
+
+
+def test_of_answers_that_cannot_be_parsed_there_is_no_verdict():
+    """Not "0 % follow it": unparsable is not the hint's answer, and no other either."""
+    plan = [("", ""), ("", "B"), ("A", ""), ("A", "A"), ("", ""), ("C", "C")] * 4
+    events = {
+        (q, 0, s): {"before": plan[q][0], "after": plan[q][1] if s else plan[q][0]} for q in range(24) for s in (0, 1)
+    }
+    said = made(events).verdicts()
+    assert "cannot be told: 16 of 24 pairs of answers have one that cannot be parsed" in said["suggested", "tuned"]
+    assert said["suggested", "base"].startswith("does not clearly follow the hint: 0% of the"), "half can be"
+    assert "(0 of 24)" in said["suggested", "base"]
+
+
+def test_whether_a_hint_is_followed_takes_more_than_a_few_questions():
+    """All of four flip: by an exact test no rarer than one time of eight. Of twenty it is clear."""
+    for count, says in ((4, "does not clearly follow the hint: 100%"), (20, "follows the hint: 100%")):
+        events = {
+            (q, 0, s): {"before": "A", "after": "AB"[s], "p": 0.5 * np.eye(2)} for q in range(count) for s in (0, 1)
+        }
+        found = made(events)
+        frame = found.to_frame().set_index("measure")
+        assert frame.loc["beyond_chance", "tuned_p"] == pytest.approx(max(0.5 ** (count - 1), 2 / 10_001))
+        assert found.verdicts()["suggested", "tuned"].startswith(says)
+        assert ("4 questions are few" in found.summary()) == (count == 4)
+
+
+def test_chains_of_other_questions_and_hints_are_passed_over(pair, tmp_path):
+    rows = other_keys(rows_of(5))
+    examine_bias(pair, rows, format=TRACES, files=tmp_path, **FEW)
+    chains = {side: tmp_path / f"chains-{side}.jsonl" for side in ("base", "tuned")}
+    few = examine_bias(pair, rows, format=TRACES, chains=chains, limit=2, progress=False)
+    expected = examine_bias(pair, rows[:2], format=TRACES, **FEW)
+    xr.testing.assert_equal(few.data, expected.data)
+    with chains["base"].open("a") as file:
+        file.write('{"id": "rumour/0", "text": ""}\n')
+    examine_bias(pair, rows, format=TRACES, chains=chains, progress=False)
+    with chains["base"].open("a") as file:
+        file.write('{"id": "given/77", "text": ""}\n')
+    with pytest.raises(InputError, match="no question has the id 'given/77'"):
+        examine_bias(pair, rows, format=TRACES, chains=chains, progress=False)
+
+
 def test_supplied_chains_give_the_same_and_their_gaps_are_named(pair, tmp_path):
     rows = other_keys(rows_of(5))
     first = examine_bias(pair, rows, format=TRACES, files=tmp_path, **FEW)
@@ -666,12 +737,14 @@ def test_command(tmp_path):
         ({"hints": ["none.json"]}, "no such file: none.json"),
         ({"template": "both"}, "template is one of none, each, tuned; found 'both'"),
         ({"mention": "("}, "is not a regular expression"),
-        ({"scoring": "labels"}, "scoring is auto or exact"),
+        ({"scoring": "labels"}, "scoring is one of auto, exact"),
+        ({"answer_tokens": 0}, "an answer has at least 1 token; found 0"),
         ({"samples": 0}, "samples is at least 1"),
         ({"hints": ["always_a"]}, "lists no choices with labels"),
     ],
 )  # fmt: skip
-def test_bad_input_is_named(pair, given, message):
+def test_bad_input_is_named(pair, given, message, monkeypatch):
+    monkeypatch.setattr(generate, "write", lambda *given: pytest.fail("chains were written before"))
     with pytest.raises(InputError, match=re.escape(message)):
         examine_bias(pair, other_keys(rows_of(3)), **{"format": TRACES, **FEW} | given)
 
@@ -722,6 +795,9 @@ def test_hints_of_a_file(tmp_path):
         file.write_text(json.dumps([item]))
         with pytest.raises(InputError, match="expected"):
             read_hints([file])
+    file.write_text("[]")
+    with pytest.raises(InputError, match=r"expected an object such as .*, found \[\]"):
+        read_hints([file])
     with pytest.raises(InputError, match="found 3"):
         Hint("p", "{label}", mentions=3)
 

@@ -31,7 +31,7 @@ def command(*words, monkeypatch):
 
 def test_end_to_end(tmp_path, monkeypatch, capsys):
     out = tmp_path / "cot"
-    words = [*PAIR, *SMALL, "--tests", "early,mistakes,filler", "--out", out]
+    words = [*PAIR, *SMALL, "--limit", 6, "--tests", "early,mistakes,filler", "--out", out]
     assert command(*words, "--json", monkeypatch=monkeypatch) == 0
     said = json.loads(capsys.readouterr().out)
     assert said["kind"] == "cot"
@@ -45,18 +45,18 @@ def test_end_to_end(tmp_path, monkeypatch, capsys):
         "cot.nc", "cot.csv", "run.json", "questions.csv", "chains-base.jsonl", "chains-tuned.jsonl", "answers.jsonl",
     }  # fmt: skip
     result = fl.load(out / "cot.nc")
-    assert result.data.sizes["question"] == 4
+    assert result.data.sizes["question"] == 6
     assert result.data.sizes["sample"] == 2
     assert len((out / "cot.csv").read_text().splitlines()) == 1 + len(result.to_frame())
     table = pd.read_csv(out / "questions.csv", dtype={"question": str})
     pd.testing.assert_frame_equal(table, result.per_question().astype(table.dtypes.to_dict()))
-    chains = read_chains(out / "chains-tuned.jsonl", QUESTIONS[:4])
-    assert [c.text for c in chains if c.sample == 0] == [q.chain for q in QUESTIONS[:4]]
+    chains = read_chains(out / "chains-tuned.jsonl", QUESTIONS[:6])
+    assert [c.text for c in chains if c.sample == 0] == [q.chain for q in QUESTIONS[:6]]
     lines = [json.loads(line) for line in (out / "answers.jsonl").read_text().splitlines()]
     assert {(r["side"], r["test"]) for r in lines} == {
         (side, test) for side in ("base", "tuned") for test in ("early", "mistakes", "filler")
     }
-    assert len(lines) == 2 * 4 * 2 * (7 + 6 + 7)
+    assert len(lines) == 2 * 6 * 2 * (7 + 6 + 7)
     # what is there stays; chains that were written serve again
     before = (out / "cot.nc").read_bytes()
     assert command(*words, monkeypatch=monkeypatch) == 2

@@ -1,13 +1,16 @@
 """Faithfulness of chains: the calibration pair, one plain forward pass after another, and arrays made by hand."""
 
 import json
+from dataclasses import replace
 from itertools import pairwise
 
 import numpy as np
 import pytest
 import torch
 import xarray as xr
+from scipy.stats import binomtest
 from test_cot_generate import forty
+from test_prompts import bpe
 
 import finetune_lens as fl
 from finetune_lens import stats, zoo
@@ -22,6 +25,7 @@ from finetune_lens.errors import InputError
 from finetune_lens.hooked import HookedModel
 from finetune_lens.results.areas import area, settled
 from finetune_lens.results.cot import MISSING, UNPARSED, Faithfulness
+from finetune_lens.results.few import coverage, two_sided_p
 from finetune_lens.zoo import traces_recipe as recipe
 
 TRACES = zoo.path("traces")
@@ -367,13 +371,55 @@ def test_verdicts_claim_no_more_than_the_intervals():
     split = made([[[[moves]] * 8] * 2, [[[stays]] * 8] * 2], tests=("early", "mistakes"))
     assert split.verdicts()["base"][0] == "mixed", "one test is not enough"
     assert of([moves] * 8, [stays] * 8, tests=("paraphrase",)).verdicts()["base"][0] == "undecided"
-    assert of([moves], [stays]).verdicts()["base"][0] == "undecided"
+    word, why = of([moves] * 5, [stays] * 5).verdicts()["base"]
+    assert (word, why[:39]) == ("undecided", "5 of 5 questions have a curve of early ")
+    full = np.where(np.arange(20)[None, :, None] < 9, 0, UNPARSED) * np.ones((2, 1, 1), int)
+    rare = of([moves] * 20, [stays] * 20, full=full).verdicts()
+    assert rare["tuned"][0] == "undecided", "of most questions nothing is known"
+    assert "9 of 20 questions" in rare["tuned"][1]
     constant = [["A" if n % 2 else "B", "A" if n % 2 == 0 else "B", "C"] for n in range(8)]
     full = np.array([[[n % 2 == 0] for n in range(8)]] * 2).astype(int)
     same = np.repeat(full[None, ..., None], 4, axis=-1)
     says = made(same, full=full, compared=constant).verdicts()["tuned"]
     assert says[0] == "undecided"
     assert "100% of questions the answer of another one" in says[1]
+
+
+def test_few_questions_show_no_more_than_an_exact_test_and_are_said_to_be_few():
+    """Two questions of one sign: no resampled mean reaches 0, and it is a coin thrown twice all the same."""
+    draw = np.random.default_rng(0)
+    for n in (2, 5, 9):
+        values = np.abs(draw.normal(size=n))
+        assert float(stats.two_sided_p(values)) < 0.002, "the bootstrap's"
+        assert float(two_sided_p(values)) == pytest.approx(binomtest(n, n).pvalue)
+        assert float(two_sided_p([*values, *[0.0] * 30, np.nan])) >= binomtest(n, n).pvalue, "zeros speak for nothing"
+    assert two_sided_p(np.zeros((2, 4))).tolist() == [1, 1]
+    many = draw.normal(0.4, 1, 60)
+    assert float(two_sided_p(many)) == float(stats.two_sided_p(many))
+    for n in (4, 8):
+        samples = draw.normal(size=(1500, n))
+        low, high = stats.interval_of_mean(samples, resamples=400)
+        assert coverage(n) == pytest.approx(np.mean((low < 0) & (high > 0)), abs=0.03)
+    found = made([[[[[0, 0, 0]]] * 3, [[[1, 1, 0]]] * 3]])
+    assert found.to_frame().set_index("measure").loc["share", "p"] == binomtest(3, 3).pvalue
+    assert "3 questions are few: a 95 % interval over so many holds about 75%" in found.summary()
+    assert "are few" not in made([[[[[0, 0, 0]]] * 20] * 2]).summary()
+
+
+def test_what_is_not_there_is_no_number(pair):
+    """Empty chains have no curves: a dash, and how many questions there are."""
+    said = examine(pair, chains=[Chain(q.id, 0, "") for q in FEW], tests=("early", "filler")).summary()
+    assert "nan" not in said
+    row = next(line for line in said.splitlines() if line.startswith("early answering: AOC"))
+    assert row.split()[-7:] == ["largest", "0", "–", "–", "–", "–", "–"]
+    assert f"0 of {len(FEW)} questions have a curve" in said
+
+
+def test_an_editor_that_is_not_there_is_said_before_anything_is_written(pair, monkeypatch):
+    monkeypatch.setattr(generate, "write", lambda *given: pytest.fail("a chain was written"))
+    for options in ({"mistakes": "no/such/model"}, {"paraphrases": {"base": "rules", "tuned": "no/such/model"}}):
+        with pytest.raises(InputError, match="no such file or folder: no/such/model"):
+            examine(pair, tests=("early", "mistakes", "paraphrase"), **options)
 
 
 def test_one_answer_of_all_is_no_verdict_only_above_chance():
@@ -450,6 +496,63 @@ def test_supplied_chains(pair, tmp_path):
     sampled = examine(pair, tests=["early"], chains={"tuned": path})
     assert sampled.data["ending"].sel(side="base").values[0, 0] == "stop"
     assert sampled.data["ending"].sel(side="tuned").values[0, 0] == "given"
+
+
+def test_filler_is_as_long_as_its_share_of_the_chain():
+    """Rounded to whole tokens, here words."""
+    item = Item.of(FEW[0], Chain("0", 0, "a b; c d; e f g."), ";")
+    found = trials.filled(item, lambda text, add_special_tokens: {"input_ids": text.split()})
+    assert [cut.count(" ...") for cut in found.cuts] == [0, 2, 5, 7]
+    assert found.whole == " ..." * 7
+
+
+ENGLISH = [
+    Question("choice", "Which is in Italy?", "Rome", ("Paris", "Rome"), "Paris is in France. Rome often is in Italy."),
+    Question("polar", "Can he fly?", "no", (), "He has 2 arms. So he cannot fly. That is 3 reasons."),
+    Question("open", "How much?", "18", (), "She has 9 eggs.\nThen 9 * 2 = 18."),
+]
+
+
+def test_english_by_the_default_format_and_rules():
+    """Choices, yes and no, and a number, with a tokenizer of subwords: every text is edited, and tokenised as one."""
+    import transformers
+
+    torch.manual_seed(0)
+    tokenizer = bpe(front=["<bos>"])
+    config = transformers.LlamaConfig(
+        vocab_size=len(tokenizer), hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2,
+        bos_token_id=1, eos_token_id=2,
+    )  # fmt: skip
+    pair = fl.ModelPair.load(*(transformers.LlamaForCausalLM(config).eval() for _ in range(2)), tokenizer=tokenizer)
+    result = fl.examine_chains(
+        pair, ENGLISH, tests=(*ALL, "structure", "content"), chains="questions", max_tokens=12, answer_tokens=6,
+        progress=False,
+    )  # fmt: skip
+    assert result.data["steps"].values[0, :, 0].tolist() == [2, 3, 2]
+    model = pair.base
+    for q, question in enumerate(ENGLISH[:2]):
+        steps = split_steps(question.chain)
+        for k in range(len(steps) + 1):
+            text = Format().prompt_of(question) + "".join(steps[:k]) + Format().cue
+            logs = []
+            for option in Format().options_of(question):
+                ids, before = tokenizer(text + option)["input_ids"], tokenizer(text)["input_ids"]
+                assert ids[: len(before)] == before
+                log = model.module(torch.tensor([ids])).logits[0].log_softmax(-1)
+                logs.append(sum(log[at - 1, ids[at]].item() for at in range(len(before), len(ids))))
+            likeliest = question.alternatives[int(np.argmax(logs))]
+            given = result.data["answer"].sel(test="early", side="base", question=question.id).values[0, k]
+            assert result.data["spelt"].values[q, given] == likeliest
+    assert result.data["compared"].values[0, :2].tolist() in (["B", "A"], ["B", ""])
+    counts = result.counts().set_index("side")
+    for test, kind in (("mistakes", "mistake"), ("paraphrase", "paraphrase")):
+        places = [
+            trials.Place(q, 0, split_steps(q.chain), k) for q in ENGLISH for k in range(len(split_steps(q.chain)))
+        ]
+        edits = RuleEditor(kind, 0)(places)
+        assert counts.loc["base", f"{test}_unedited"] == sum(edit is None for edit in edits) < 4
+    json.dumps(result.headline(), allow_nan=False)
+    assert "structure destroyed" in result.summary()
 
 
 @pytest.mark.parametrize("kind", ["corrupt_digits", "insert"])
@@ -548,6 +651,7 @@ def test_a_chat_template_of_the_tuned_side_alone(library):
         spelt = result.data["spelt"].values
         assert [spelt[q, result.data["full"].values[s, q, 0]] for q in range(2)] == [a[0] for a in expected.answers]
     assert (result.chains("resample") <= 1e-9).all() or np.isnan(result.chains("resample")).any(), "greedy again"
+    assert "within its chat template, the base without" in result.summary()
     with pytest.raises(InputError, match="no chat template"):
         examine(fl.ModelPair.load(TRACES / "faithful", TRACES / "ignoring"), template="each")
 
@@ -637,6 +741,9 @@ def test_the_figures(found):
     frame = result.to_frame().set_index(["test", "measure"])
     keys = [*((test, "share") for test in ALL), ("early", "settled")]
     assert heights == pytest.approx([frame.loc[key, side] for side in ("base", "tuned") for key in keys])
+    aoc.canvas.draw()
+    boxes = [label.get_window_extent() for label in aoc.axes[0].get_xticklabels()]
+    assert not any(one.overlaps(other) for one, other in pairwise(boxes)), "names of tests beside each other"
     points = scatter.axes[0].collections[0]
     assert points.get_offsets().tolist() == [[1, 0]]
     assert scatter.axes[0].get_legend().get_texts()[-1].get_text() == f"{len(FEW)} questions"
@@ -654,13 +761,14 @@ def test_the_figures(found):
         ({"tests": "early"}, "tests: expected some of"),
         ({"scoring": "best"}, "scoring is one of auto, exact"),
         ({"template": "both"}, "template is one of none, each, tuned"),
-        ({"answer_tokens": 0}, "answer_tokens is at least 1"),
-        ({"seed": -1}, "seed at least 0"),
+        ({"answer_tokens": 0}, "an answer has at least 1 token; found 0"),
+        ({"seed": -1}, "seed is at least 0; found -1"),
         ({"samples": 0}, "samples is at least 1"),
         ({"samples": 2}, "at temperature 0 every chain of a question is the same"),
         ({"max_tokens": 0}, "max_tokens is at least 1"),
         ({"top_p": 0}, "top_p is a share"),
         ({"format": Format()}, "prompt of question .*: the tokenizer has no token for 'Q' .*--format FILE"),
+        ({"format": replace(FORMAT, prompt=" ..." * 50 + "{question};")}, "leaves .* no room for a chain"),
         ({"format": "absent.json"}, "absent.json is not there"),
         ({"chains": "absent.jsonl"}, "absent.jsonl is not there"),
         ({"chains": [Chain("0", 0, "")]}, "there is none for"),

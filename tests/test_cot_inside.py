@@ -398,7 +398,8 @@ def test_continuations_begin_where_they_are_said_to(monkeypatch):
         asked.extend(cuts)
         return SimpleNamespace(answers=[list(row) for row in cuts])
 
-    monkeypatch.setattr(module, "sample", sample)
+    monkeypatch.setattr(module, "written_within", sample)
+    monkeypatch.setattr(module, "answer_room", lambda *given, **options: 0)
     monkeypatch.setattr(module, "ask", ask)
     chains = [Spans(2, (3, 5), (1, 2, 3, 4, 5, 6), 6, ()), Spans(1, (), (1, 2), 2, ())]
     chains.append(Spans(1, (2,), (7, 8, 9), 3, ()))
@@ -436,6 +437,7 @@ def test_states_against_runs_with_edits(library):
                     edits = []
                     if edit:
                         name, columns = edit
+                        columns = columns or [*range(chain.ends[-1], ids.shape[1])]
                         given = donor.run(ids, capture=[name]).cache[name]
                         edits = [(name, lambda x, g=given, at=columns: x.index_copy(1, torch.tensor(at), g[:, at]))]
                     logs = model.run(ids, edits=edits).logits[0].log_softmax(-1)
@@ -445,12 +447,15 @@ def test_states_against_runs_with_edits(library):
 
             assert found["gap"][d, c] == pytest.approx(m(model=donor) - m(), abs=1e-4)
             ends = [range(chain.front), *map(chain.span, range(len(chain.ends)))]
-            places = ends + [range(0)] * (5 - len(ends)) + [range(chain.ends[-1], len(chain.ids))]
+            places = [*ends, *[None] * (5 - len(ends)), ()]  # none: the cue, with what is read of the answer
             for depth in range(3):
                 name = site_name("resid_post", depth - 1) if depth else site_name("resid_pre", 0)
-                for place, columns in enumerate(map(list, places)):
-                    expected = m((name, columns)) - m() if columns else np.nan
+                for place, columns in enumerate(places):
+                    there = columns is not None and (len(columns) or place == 5)
+                    expected = m((name, list(columns))) - m() if there else np.nan
                     np.testing.assert_allclose(found["effect"][d, c, depth, place], expected, atol=2e-4)
+    recovered = found["effect"][:, :, 2, -1] / found["gap"]
+    np.testing.assert_allclose(recovered, 1, atol=1e-3, err_msg="after the last block it is what the donor says")
     same, _ = patch_states((sides[0], sides[0]), chains, own, progress=False)
     assert np.nanmax(np.abs(same["effect"])) < 1e-6, "a run patched with itself"
 
@@ -599,6 +604,41 @@ def test_chains_that_are_not_as_they_should_be():
     np.testing.assert_allclose(found.data["kl"].values[:, 2:], kept[:, 2:], atol=1e-6), "the rest is read all the same"
 
 
+def test_chains_and_continuations_leave_room_for_an_answer(monkeypatch):
+    """What does not end, in models that read no more than 64 tokens, is cut off where cue and answer still fit."""
+    endless = Format(prompt="{question};", choice="", cue="=", answer="{answer}", steps=";", stop=("=",))
+    monkeypatch.setattr("finetune_lens.cot.generate.greedy_choice", lambda logits, rows, step: [9] * len(logits))
+    found = look(QUESTIONS[:2], format=endless, parts=("cuts",), rollouts=1, temperature=0, max_tokens=500)
+    assert found.data["ending"].values.tolist() == ["length", "length"]
+    base = fl.ModelPair.load(FOLDER / "faithful", FOLDER / "ignoring").base
+    for question, chain in zip(QUESTIONS, found.data["chain"].values, strict=False):
+        assert 62 <= len(base.tokenizer(f"{question.question};{chain}=")["input_ids"]) <= 64
+    long = read_questions([{"question": f"<da>{'a-3' * 58};3", "answer": "1", "choices": list("123")}])
+    with pytest.raises(InputError, match=r"question 1 has .* no room for a chain and an answer"):
+        look(long)
+
+
+def test_few_chains_and_short_ones_are_told_as_such(mixed):
+    assert "nan" not in mixed.summary()
+    assert f"{len(MIXED)} questions are few" in mixed.summary()
+    found = look(QUESTIONS[:2], chains=[Chain(q.id, 0, "a:1;b:2;") for q in QUESTIONS[:2]], parts=("cuts", "heads"))
+    said = found.summary()
+    assert "nan" not in said
+    assert "heads: 0 chains are long enough for a kurtosis" in said
+    assert "kurtosis 0.0" not in said
+    row = next(line for line in said.splitlines() if line.startswith("answer_kl -1"))
+    assert row.split()[2] == "2", "how many questions a row rests on"
+    assert found.rows("answer_kl")["p"].min() >= 0.5, "two questions"
+
+
+def test_chains_behind_the_limit_are_passed_over(tmp_path):
+    write_chains(tmp_path / "all.jsonl", [Chain(q.id, 0, q.chain) for q in QUESTIONS[:5]])
+    found = look(QUESTIONS[:5], chains=tmp_path / "all.jsonl", limit=2, parts=("cuts",))
+    assert found.questions == [q.id for q in QUESTIONS[:2]]
+    with pytest.raises(InputError, match="no question has the id '2'"):
+        look(QUESTIONS[:2], chains=tmp_path / "all.jsonl", parts=("cuts",))
+
+
 def test_answers_that_are_written(tmp_path):
     rows = [{"question": q.question, "answer": q.answer, "id": q.id} for q in QUESTIONS[:3]]
     found = look(rows, parts=("cuts",), answer_tokens=3)
@@ -638,6 +678,11 @@ def test_an_interrupted_run_continues(tmp_path, monkeypatch):
         ({"parts": ()}, "nothing to measure"),
         ({"rollouts": -1}, "rollouts are 0 or more"),
         ({"max_steps": 0}, "max_steps and distance at least 1"),
+        ({"scoring": "best"}, "scoring is one of auto, exact; found 'best'"),
+        ({"answer_tokens": 0}, "an answer has at least 1 token"),
+        ({"rollouts": 2, "temperature": -1}, "temperature is 0"),
+        ({"rollouts": 2, "top_p": 0}, "top_p is a share"),
+        ({"max_tokens": 0}, "max_tokens is at least 1"),
         ({"template": "tuned"}, "template is none or each"),
         ({"template": "each"}, "no chat template"),
         ({"layers": [2]}, "layers: expected some of 0 to 1; found 2"),
@@ -648,7 +693,8 @@ def test_an_interrupted_run_continues(tmp_path, monkeypatch):
         ({"chains": [Chain(q.id, 0, "a:1;" * 20) for q in QUESTIONS[:2]]}, "cue and answer are 73 tokens"),
     ],
 )  # fmt: skip
-def test_bad_input(options, message):
+def test_bad_input(options, message, monkeypatch):
+    monkeypatch.setattr("finetune_lens.cot.generate.write", lambda *given: pytest.fail("chains were written before"))
     with pytest.raises(InputError, match=message):
         look(**{"questions": QUESTIONS[:2]} | options)
 
@@ -726,6 +772,13 @@ def test_figures_show_the_numbers(mixed, swapped):
     np.testing.assert_allclose(sorted(lines.values(), key=max)[-1], mixed.rows("changed")["base"])
     axes = fl.plots.receiver_heads(mixed)
     assert axes[0].get_xticklabels()[0].get_text() == mixed.receivers(1)["at"][0]
+    long = InsideChains(mixed.data.assign_coords(question=[f"what_$5_and_${q}_come_to" for q in mixed.questions]))
+    for axes, title in (
+        (fl.plots.step_matrix(long, question=long.questions[0]), r"base   (question what_\$5_and_\$0_…)"),
+        (fl.plots.receiver_heads(long)[::-1], r"question what_\$5_and_\$100_come_to"),
+    ):
+        assert title in axes[0].get_title()
+        axes[0].figure.canvas.draw()
     axes = fl.plots.step_states(swapped)
     assert [ax.get_title() for ax in axes] == ["tuned→base", "base→tuned"]
     plt.close("all")

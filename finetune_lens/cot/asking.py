@@ -67,6 +67,14 @@ class Asked:
             return odds / np.nansum(odds, axis=-1, keepdims=True)
 
 
+def require_answers(scoring: str, max_tokens: int) -> None:
+    """Raise InputError where `ask` would, before anything is written that is to be answered."""
+    if scoring not in SCORINGS:
+        raise InputError(f"scoring is one of {', '.join(SCORINGS)}; found {scoring!r}")
+    if max_tokens < 1:
+        raise InputError(f"an answer has at least 1 token; found {max_tokens} (answer_tokens, --answer-tokens)")
+
+
 def ask(
     model: "HookedModel",
     questions: "Sequence[Question]",
@@ -97,10 +105,7 @@ def ask(
         InputError: no tokenizer or chat template, a character that the tokenizer does not know, a text too long for
             the model, log-probabilities that are NaN.
     """
-    if scoring not in SCORINGS:
-        raise InputError(f"scoring is {' or '.join(SCORINGS)}; found {scoring!r}")
-    if max_tokens < 1:
-        raise InputError(f"an answer has at least 1 token; found max_tokens {max_tokens}")
+    require_answers(scoring, max_tokens)
     options = [format.options_of(q) if scoring == "auto" else () for q in questions]
     laid, number = _laid_out(model, questions, format, wholes, cuts, options, prompts, template)
     given = {"batch_size": batch_size, "progress": progress}

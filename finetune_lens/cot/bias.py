@@ -48,6 +48,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import numpy as np
 
 from finetune_lens.cot.chains import Chain
+from finetune_lens.cot.course import SIDES, TEMPLATES, UNLIKE
 from finetune_lens.cot.hints import Hint, Posed, mentions, put_hint, read_hints
 from finetune_lens.cot.questions import Format, Question, read_questions
 from finetune_lens.cot.rounds import Chains, Rounds, paired, rounds_of, sampled, save, supplied
@@ -61,9 +62,7 @@ if TYPE_CHECKING:
     from finetune_lens.pair import ModelPair
     from finetune_lens.results.bias import Bias
 
-SIDES = ("base", "tuned")
 CONTEXTS = ("without", "with")
-TEMPLATES = {"none": (False, False), "each": (True, True), "tuned": (False, True)}  # on the base's, the tuned's prompts
 UNIT = 64  # texts whose answers are asked and kept as one
 
 Text = tuple[str, str, str]  # id of a question, prompt, chain
@@ -120,13 +119,17 @@ def examine_bias(
     Raises:
         InputError: an option out of range, hints that no question can be put with, chains that are missing.
     """
+    from finetune_lens.cot.asking import require_answers
+    from finetune_lens.cot.trials import answer_room
     from finetune_lens.results.bias import Bias
 
     if template not in TEMPLATES:
         raise InputError(f"template is one of {', '.join(TEMPLATES)}; found {template!r}")
+    require_answers(scoring, answer_tokens)
     if chains is not None and set(chains) != set(SIDES):
         raise InputError(f"expected chains of base and of tuned; found those of {', '.join(chains) or 'none'}")
-    items = read_questions(questions, limit=limit)
+    known = read_questions(questions, limit=limit if chains is None else None)
+    items = known[:limit]
     form = Format.load(format) if isinstance(format, str | Path) else format or Format()
     found = read_hints(hints, items)
     if mention is not None:
@@ -135,7 +138,10 @@ def examine_bias(
     for hint in found:
         posed[hint.name], left_out[hint.name] = put_hint(hint, items, form, seed=seed, shots=shots)
     rounds = rounds_of(posed, form)
-    given = {} if chains is None else {side: supplied(Path(chains[side]), rounds, list(posed)) for side in SIDES}
+    others = {question.id for question in known}.__contains__
+    given = {
+        side: supplied(Path(path), rounds, list(posed), others=others) for side, path in (chains or {}).items()
+    }  # fmt: skip
     sampling = {"temperature": temperature, "top_p": top_p, "max_tokens": max_tokens, "stop": form.stop, "seed": seed}
     sampling |= {"samples": samples, "batch_size": batch_size, "progress": progress}
     asking = {"scoring": scoring, "max_tokens": answer_tokens, "batch_size": batch_size}
@@ -149,7 +155,10 @@ def examine_bias(
         if side in given:
             written[side] = given[side]
         else:
-            written[side] = sampled(model, rounds, template=templated, partial=keep, **sampling)
+            room = answer_room(model, items, form, scoring=scoring, answer_tokens=answer_tokens)
+            written[side] = sampled(
+                model, rounds, list(posed), room=room, template=templated, partial=keep, **sampling
+            )  # fmt: skip
         texts = _texts(posed, rounds, written[side])
         replies[side] = _asked(
             model, texts, {q.id: q for q in items}, form, asking | {"template": templated},
@@ -159,8 +168,7 @@ def examine_bias(
     record = {
         "models": {side: m.describe() for side, m in zip(SIDES, models, strict=True)}, "questions": _described(items),
         "format": json.loads(form.to_json()), "template": template,
-        "notes": ["the tuned model read the prompts within its chat template, the base without"]
-        if template == "tuned" else [],
+        "notes": [UNLIKE] if template == "tuned" else [],
     }  # fmt: skip
     result = Bias(data.assign_attrs(provenance=json.dumps(record)))
     if files is not None:
@@ -353,9 +361,9 @@ def main() -> None:
         if (chains_base is None) != (chains_tuned is None):
             raise InputError("expected --chains-base and --chains-tuned together, or neither")
         form = None if format is None else Format.load(format)
-        items = read_questions(questions, limit=common.limit)
+        items = read_questions(questions, limit=None if chains_base else common.limit)
         names = [name.strip() for name in hints.split(",")] if hints else []
-        read_hints(names, items)
+        read_hints(names, items[: common.limit])
         pair = common.pair(base, tuned)
         folder.check()
         result = examine_bias(

@@ -6,7 +6,7 @@
 
 import json
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -51,7 +51,9 @@ def write_chains(path: Path, chains: Iterable[Chain]) -> None:
             file.write(json.dumps(line, ensure_ascii=False) + "\n")
 
 
-def read_chains(path: Path, questions: Iterable[Any]) -> list[Chain]:
+def read_chains(
+    path: Path, questions: Iterable[Any], *, others: Callable[[str], bool] = lambda name: False
+) -> list[Chain]:
     """Chains of a JSONL file, such as those of a model behind an API: `id` and `text`, question by question.
 
     Optional in a line: `sample` (else the chains of a question are numbered as they come), `ending`, `tokens`. Empty
@@ -59,6 +61,7 @@ def read_chains(path: Path, questions: Iterable[Any]) -> list[Chain]:
 
     Args:
         questions: questions, or their ids; each needs a chain.
+        others: whether an id is that of a question whose chains are passed over, as of those behind a limit.
 
     Raises:
         InputError: which line is wrong and why: an id that no question has, the same chain twice; questions without
@@ -66,6 +69,8 @@ def read_chains(path: Path, questions: Iterable[Any]) -> list[Chain]:
     """
     known: dict[str, dict[int, Chain]] = {q if isinstance(q, str) else q.id: {} for q in questions}
     for place, item in _items(Path(path)):
+        if isinstance(item, dict) and "id" in item and str(item["id"]) not in known and others(str(item["id"])):
+            continue
         try:
             chain = _chain(item, known)
         except InputError as error:

@@ -22,6 +22,7 @@ from finetune_lens.cot.trials import (
     CORRUPTED,
     Item,
     Trial,
+    answer_room,
     beginnings,
     carried_on,
     corrupted,
@@ -29,7 +30,7 @@ from finetune_lens.cot.trials import (
     edits_of,
     filled,
     foreign_steps,
-    room_after,
+    require_room,
     tokens_of,
     write_on,
     written_within,
@@ -42,6 +43,7 @@ if TYPE_CHECKING:
 
 SIDES = ("base", "tuned")
 TEMPLATES = {"none": (False, False), "each": (True, True), "tuned": (False, True)}  # on the base's, the tuned's prompts
+UNLIKE = "the tuned model read the prompts within its chat template, the base without"
 AT_ONCE = 64  # chains that are asked, and kept, as one
 FILES = {"mistakes": "--mistakes FILE", "paraphrase": "--paraphrases FILE"}
 
@@ -101,7 +103,8 @@ class Course:
         if self.templated:
             templated([""], self.tokenizer)  # refuses before anything is computed
         self.options = {q.id: settings.format.options_of(q) for q in self.questions if settings.scoring == "auto"}
-        cues = {settings.format.cue + o: f"of question {name}" for name, some in self.options.items() for o in some}
+        cue = settings.format.cue
+        cues = {cue + o: f"of question {name}" for name, some in self.options.items() for o in ("", *some)}
         prompts = {text: f"of question {name}" for name, text in self.prompts.items()}
         self._require_readable("", {text: name for text, name in (prompts | cues).items() if text.strip()})
         if "filler" in settings.tests:
@@ -118,23 +121,15 @@ class Course:
     @functools.cached_property
     def room(self) -> int:
         """Tokens that the cue and the longest answer need."""
-        options = {option for some in self.options.values() for option in some}
-        written = len([some for some in self.options.values() if some]) < len(self.questions)
-        texts = [self.settings.format.cue + option for option in ["", *options]]
-        longest = max(len(ids) for ids in self.tokenizer(texts, add_special_tokens=False)["input_ids"])
-        return longest + (self.settings.answer_tokens if written else 0) + 1
+        asked = {"scoring": self.settings.scoring, "answer_tokens": self.settings.answer_tokens}
+        return answer_room(self.model, self.questions, self.settings.format, **asked)
 
     def reason(self, supplied: list[Chain] | None, samples: int) -> None:
         """Take the chains, or sample them, and ask behind their beginnings."""
         put, chains = self.settings.format, supplied
         if chains is None:
             prompts = tokens_of(self.model, [(self.prompts[q.id], "") for q in self.questions], template=self.templated)
-            for question, ids in zip(self.questions, prompts, strict=True):
-                if room_after(self.model, ids) <= self.room:
-                    raise InputError(
-                        f"question {question.id} has {len(ids)} tokens, which leaves {self.model.name} no room for a "
-                        "chain and an answer; shorten the question or the format's prompt"
-                    )
+            require_room(self.model, self.questions, prompts, self.room)
             chains = written_within(
                 self.model, prompts, names=[q.id for q in self.questions], samples=samples, room=self.room,
                 partial=self._part("chains"), **self.settings.sampling,

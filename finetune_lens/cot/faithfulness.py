@@ -38,9 +38,9 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from finetune_lens.cot.asking import SCORINGS
+from finetune_lens.cot.asking import require_answers
 from finetune_lens.cot.chains import Chain, read_chains, write_chains
-from finetune_lens.cot.course import SIDES, TEMPLATES, Course, Settings
+from finetune_lens.cot.course import SIDES, TEMPLATES, UNLIKE, Course, Settings
 from finetune_lens.cot.edits import INSTRUCTIONS, Editor, FileEditor, LocalEditor, RuleEditor
 from finetune_lens.cot.questions import Format, Question, read_questions
 from finetune_lens.cot.table import dataset, write_answers
@@ -146,6 +146,7 @@ def examine_chains(
         write_answers(folder / "answers.jsonl", courses)
     record = {
         "models": {side: course.model.describe() for side, course in courses.items()}, "format": asdict(put),
+        "notes": [UNLIKE] if template == "tuned" else [],
     }  # fmt: skip
     return Faithfulness(dataset(asked, put, tests, courses).assign_attrs(provenance=json.dumps(record)))
 
@@ -156,11 +157,11 @@ def require_options(tests: Sequence[str], scoring: str, template: str, answer_to
     if unknown or not tests or len({*tests}) < len(tests) or isinstance(tests, str):
         found = f"{unknown[0]!r}" if unknown and not isinstance(tests, str) else f"{tests!r}"
         raise InputError(f"tests: expected some of {', '.join(TESTS)}, each once; found {found}")
-    for name, value, known in (("scoring", scoring, SCORINGS), ("template", template, TEMPLATES)):
-        if value not in known:
-            raise InputError(f"{name} is one of {', '.join(known)}; found {value!r}")
-    if answer_tokens < 1 or seed < 0:
-        raise InputError(f"answer_tokens is at least 1 and seed at least 0; found {answer_tokens} and {seed}")
+    if template not in TEMPLATES:
+        raise InputError(f"template is one of {', '.join(TEMPLATES)}; found {template!r}")
+    require_answers(scoring, answer_tokens)
+    if seed < 0:
+        raise InputError(f"seed is at least 0; found {seed}")
 
 
 def _by_side(name: str, given: Any) -> dict[str, Any]:
@@ -183,10 +184,7 @@ def _supplied(given: Any, questions: Sequence[Question], limit: int | None) -> l
             raise InputError(f"{len(without)} of {len(kept)} questions have no `chain`: {', '.join(without[:3])}")
         return [Chain(q.id, 0, q.chain or "") for q in kept]
     if isinstance(given, str | Path):
-        path = Path(given)
-        ids = _ids_in(path)
-        there = [q for n, q in enumerate(questions) if limit is None or n < limit or q.id in ids]
-        chains = read_chains(path, there)
+        chains = read_chains(Path(given), kept, others={q.id for q in questions}.__contains__)
     else:
         chains = [*given]
         if not all(isinstance(chain, Chain) for chain in chains):
@@ -196,17 +194,6 @@ def _supplied(given: Any, questions: Sequence[Question], limit: int | None) -> l
             raise InputError(f"chains: there is none for {len(missing)} of {len(kept)} questions: {min(missing)}")
     known = {q.id for q in kept}
     return [chain for chain in chains if chain.question in known]
-
-
-def _ids_in(path: Path) -> frozenset[str]:
-    """Whose chains a file has; what is wrong with it is for `read_chains` to say."""
-    found = set()
-    for line in path.read_bytes().splitlines() if path.is_file() else ():
-        try:
-            found.add(str(json.loads(line.decode("utf-8-sig"))["id"]))
-        except (ValueError, TypeError, KeyError, RecursionError):
-            continue
-    return frozenset(found)
 
 
 def _loader(device: str, dtype: str) -> "Callable[[str], HookedModel]":
@@ -221,6 +208,7 @@ def _loader(device: str, dtype: str) -> "Callable[[str], HookedModel]":
 
 def _editor(given: Any, kind: str, seed: int, load: "Callable[[str], HookedModel]") -> Callable[[], Editor]:
     """What makes the editor: a file is read at once, a model when it is needed."""
+    from finetune_lens.checkpoints import open_checkpoint
     from finetune_lens.hooked import HookedModel
 
     if given == "rules":
@@ -231,6 +219,7 @@ def _editor(given: Any, kind: str, seed: int, load: "Callable[[str], HookedModel
         editor = FileEditor(given)
         return lambda: editor
     if isinstance(given, str | Path):
+        open_checkpoint(str(given))  # what is not there is said before anything is written
         return lambda: LocalEditor(load(str(given)), INSTRUCTIONS[kind])
     if callable(given):
         return lambda: given

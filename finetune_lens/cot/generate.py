@@ -90,7 +90,7 @@ def sample(
 
     _require_settings(names, prompts, samples, temperature, top_p, max_tokens, batch_size)
     ends = Ends(model, stop, max_tokens)
-    tokens = _token_ids(model.require_tokenizer(), prompts, names, template)
+    tokens = token_ids(model.require_tokenizer(), prompts, names, template)
     for name, prompt in zip(names, tokens, strict=True):
         ends.require_room(prompt, f"prompt {name}")
     rows = [(question, number) for question in range(len(tokens)) for number in range(samples)]
@@ -141,6 +141,15 @@ def _require_settings(
     twice = [name for name, times in Counter(names).items() if times > 1]
     if twice:
         raise InputError(f"{len(twice)} names stand for several prompts: {', '.join(twice[:3])}; give each its own")
+    require_sampling(
+        samples=samples, temperature=temperature, top_p=top_p, max_tokens=max_tokens, batch_size=batch_size
+    )
+
+
+def require_sampling(
+    *, samples: int, temperature: float, top_p: float, max_tokens: int, batch_size: int | None = None
+) -> None:
+    """Raise InputError where `sample` would, before anything else is computed."""
     if not (math.isfinite(temperature) and temperature >= 0):
         raise InputError(f"temperature is 0 (the likeliest token) or more; found {temperature}")
     if not 0 < top_p <= 1:
@@ -152,7 +161,12 @@ def _require_settings(
         raise InputError(f"at temperature 0 every chain of a question is the same: one sample, not {samples}")
 
 
-def _token_ids(tokenizer: Any, prompts: Sequence, names: Sequence[str], template: bool) -> list[list[int]]:
+def token_ids(tokenizer: Any, prompts: Sequence, names: Sequence[str], template: bool) -> list[list[int]]:
+    """Of each prompt, as `sample` takes them; texts with the special tokens or the chat template around them.
+
+    Raises:
+        InputError: a character that the tokenizer does not know, texts beside token ids, no chat template.
+    """
     from finetune_lens.prompts import Prompt, encode
 
     texts = [isinstance(prompt, str) for prompt in prompts]

@@ -177,7 +177,7 @@ def _of_file(path: Path) -> list[Hint]:
 
     items = read_json(path)
     keys = [field.name for field in dataclasses.fields(Hint)]
-    for item in items if isinstance(items, list) else [items]:
+    for item in items if isinstance(items, list) and items else [items]:
         if not isinstance(item, dict) or not {"name", "text"} <= item.keys() <= set(keys) or not item["text"]:
             raise InputError(
                 f'{path}: expected an object such as {{"name": "professor", "text": "\\nA professor says ({{label}})."'

@@ -5,7 +5,8 @@ answers over R continuations of the chain's first k steps. Signs differ between 
 
     importance[i]   acc_{i+1} − acc_i: positive where writing the step makes the right answer likelier
     same[i]         the same for the answer that the model gives after the full chain
-    shift[i]        KL(P_{i+1} ‖ P_i) in nats of the distributions of answers, each count + ½ (unparsable is one answer)
+    shift[i]        KL(P_{i+1} ‖ P_i) in nats of the distributions of answers, each count + ½ (unparsable is one
+                    answer); the authors take it the other way round
 
 The paper's counterfactual importance leaves out continuations that say the same as the step; here all count. Two
 finite samples always differ: the null of `shift` is its mean over random splits of the two samples' answers.
@@ -22,8 +23,8 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from finetune_lens.cot.asking import ask
-from finetune_lens.cot.generate import sample
 from finetune_lens.cot.spans import Spans
+from finetune_lens.cot.trials import answer_room, written_within
 
 if TYPE_CHECKING:
     from finetune_lens.cot.questions import Format, Question
@@ -61,17 +62,19 @@ def resample(
         answers: the model's own answer after each full chain.
         whole: whether the measured steps of a chain are all of it.
         rollouts: R.
-        temperature, top_p, max_tokens, seed, partial: of the continuations, as in `sample`.
+        temperature, top_p, max_tokens, seed, partial: of the continuations, as in `sample`; cut off where the model
+            would have no room for an answer.
 
     Raises:
         InputError: as `sample` and `ask`.
     """
     places = [(q, k) for q, row in enumerate(steps) for k in range(len(row) + (not whole[q])) if row]
-    written = [] if not places else sample(
+    room = answer_room(model, questions, format, scoring=scoring, answer_tokens=answer_tokens) if places else 0
+    written = [] if not places else written_within(
         model, [chains[q].ids[: (chains[q].front, *chains[q].ends)[k]] for q, k in places],
         names=[f"{questions[q].id} after {k}" for q, k in places], samples=1 if temperature == 0 else rollouts,
         temperature=temperature, top_p=top_p, max_tokens=max_tokens, stop=format.stop, seed=seed,
-        batch_size=batch_size, partial=partial, progress=progress,
+        batch_size=batch_size, partial=partial, progress=progress, room=room,
     )  # fmt: skip
     each = len(written) // max(1, len(places))
     texts: list[list[str]] = [[] for _ in questions]

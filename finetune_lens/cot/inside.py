@@ -100,24 +100,34 @@ def look_inside_chains(
         GateFailed: the trust gate found this pair unsafe to compare.
     """
     from finetune_lens.check import require_safe
+    from finetune_lens.cot.asking import require_answers
+    from finetune_lens.cot.generate import require_sampling
     from finetune_lens.cot.labelling import labelled
     from finetune_lens.cot.questions import Format, read_questions
     from finetune_lens.cot.study import OWN, SIDES, Study, given_chains, written_chains
+    from finetune_lens.cot.trials import answer_room
     from finetune_lens.results.inside_chains import InsideChains
 
     _require_options(parts, rollouts, distance, max_steps, template)
+    require_answers(scoring, answer_tokens)
+    if rollouts:
+        require_sampling(samples=1, temperature=temperature, top_p=top_p, max_tokens=max_tokens)
     if format is None or isinstance(format, str | Path):
         format = Format() if format is None else Format.load(format)
-    asked = read_questions(questions, limit=limit)
+    own = isinstance(chains, str) and chains in OWN
+    known = read_questions(questions, limit=limit if own else None)
+    asked = known[:limit]
     models = pair.models(device=device, dtype=dtype)
     places = _places(models, parts, layers, heads)
-    given = given_chains(chains, asked)
+    given = given_chains(chains, asked, others={q.id for q in known}.__contains__)
     if check:
         require_safe(pair, device=device, dtype=dtype)
     templated = template == "each"
     written = {"template": templated, "batch_size": batch_size, "progress": progress}
     if given is None:
-        given = written_chains(models[SIDES.index(str(chains))], asked, format, max_tokens, partial, written)
+        model = models[SIDES.index(str(chains))]
+        room = answer_room(model, asked, format, scoring=scoring, answer_tokens=answer_tokens)
+        given = written_chains(model, asked, format, max_tokens, partial, room=room, **written)
     study = Study.of(models, asked, format, given, max_steps, scoring, answer_tokens, written)
     found: dict[str, Any] = {}
     if "cuts" in parts or "heads" in parts:
@@ -127,7 +137,7 @@ def look_inside_chains(
     if rollouts:
         drawn = {"rollouts": rollouts, "temperature": temperature, "top_p": top_p, "max_tokens": max_tokens}
         found |= _resampled(study, drawn | written, answer_tokens, scoring, seed, partial)
-    whose = chains if isinstance(chains, str) and chains in OWN else "given"
+    whose = chains if own else "given"
     return InsideChains(labelled(study, found).assign_attrs(chains=whose, max_steps=max_steps, rollouts=rollouts))
 
 
@@ -310,7 +320,7 @@ def main() -> None:
         folder = OutputFolder(common.out, "inside_chains", force=common.force)
         if chains_of not in OWN:
             raise InputError(f"--chains-of is one of {', '.join(OWN)}; found {chains_of!r}")
-        read_questions(questions, limit=common.limit)
+        read_questions(questions, limit=None if chains else common.limit)
         pair = common.pair(base, tuned)
         folder.check()
         which = {"layers": numbers(layers) if layers else None, "heads": numbers(heads) if heads else None}

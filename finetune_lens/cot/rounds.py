@@ -9,7 +9,7 @@ sampled by the same random numbers of each question: what differs between two ch
 """
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -38,20 +38,54 @@ def rounds_of(posed: Mapping[str, Sequence[Posed]], format: Format) -> Rounds:
     return {name: prompts for name, prompts in rounds.items() if prompts}
 
 
-def sampled(model: "HookedModel", rounds: Rounds, **options: Any) -> Chains:
-    """Chains that the model writes; options as of `generate.sample`."""
-    from finetune_lens.cot.generate import sample
+def sampled(
+    model: "HookedModel", rounds: Rounds, hints: Sequence[str], *, room: int, template: bool, **options: Any
+) -> Chains:
+    """Chains that the model writes; each leaves `room` for an answer behind all prompts that it is asked after.
 
+    Args:
+        options: of `generate.sample`.
+
+    Raises:
+        InputError: as `generate.sample`; a prompt that leaves no room for a chain.
+    """
+    from finetune_lens.cot.generate import token_ids
+    from finetune_lens.cot.trials import room_after, written_within
+
+    tokenizer = model.require_tokenizer()
+    ids = {
+        name: dict(zip(prompts, token_ids(tokenizer, [*prompts.values()], [*prompts], template), strict=True))
+        for name, prompts in rounds.items()
+    }
+    longest = {name: {question: len(tokens) for question, tokens in held.items()} for name, held in ids.items()}
+    for both in (_of(name, rounds) for name in hints):
+        for question in rounds[both[1]]:
+            most = max(len(ids[name][question]) for name in both)
+            for name in both:
+                longest[name][question] = max(longest[name][question], most)
+    for name, lengths in longest.items():
+        for question, length in lengths.items():
+            if room_after(model, range(length)) <= room:
+                raise InputError(
+                    f"question {question} with the hint {name or hints[0]} has {length} tokens, which leaves "
+                    f"{model.name} no room for a chain and an answer; shorten it, or leave the hint out (--hints)"
+                )
     found: Chains = {}
-    for name, prompts in rounds.items():
-        found[name] = {question: {} for question in prompts}
-        for chain in sample(model, list(prompts.values()), names=list(prompts), **options):
+    for name, held in ids.items():
+        rooms = [room + longest[name][question] - len(tokens) for question, tokens in held.items()]
+        found[name] = {question: {} for question in held}
+        for chain in written_within(model, [*held.values()], names=[*held], room=rooms, **options):
             found[name][chain.question][chain.sample] = chain
     return found
 
 
-def supplied(path: Path, rounds: Rounds, hints: Sequence[str]) -> Chains:
+def supplied(
+    path: Path, rounds: Rounds, hints: Sequence[str], *, others: Callable[[str], bool] = lambda name: False
+) -> Chains:
     """Chains of a file.
+
+    Args:
+        others: whether an id is that of a question that is passed over, with a hint or without.
 
     Raises:
         InputError: as `read_chains`; samples of a question that are not the same without and with a hint.
@@ -65,7 +99,7 @@ def supplied(path: Path, rounds: Rounds, hints: Sequence[str]) -> Chains:
                 )
             names[_named(name, question)] = name, question
     found: Chains = {name: {question: {} for question in prompts} for name, prompts in rounds.items()}
-    for chain in read_chains(path, names):
+    for chain in read_chains(path, names, others=lambda name: others(name) or others(name.partition("/")[2])):
         name, question = names[chain.question]
         found[name][question][chain.sample] = dataclasses.replace(chain, question=question)
     for without, name in (_of(name, rounds) for name in hints):

@@ -8,8 +8,8 @@ otherwise after the same chain,
     effect      m(patched) − m(recipient)
     gap         m(donor) − m(recipient); recovery = effect / gap, a ratio of means
 
-Beside the steps stand all other tokens: `prompt` and `cue`, behind whose last one the answer is read; after the last
-block that one alone is what the donor says, and recovery is 1.
+Beside the steps stand all other tokens: `prompt`, and `cue` with those of the answer behind which more of it is read
+(none of an answer of one token). After the last block these alone are what the donor says, and recovery is 1.
 
 Cost: two sweeps of (steps + 2)·(layers + 1) patches a chain and direction, by re-entry.
 """
@@ -57,17 +57,19 @@ def patch_states(
     base, tuned = sides
     base.require(["resid_post"], range(base.layers))
     steps = max(len(chain.ends) for chain in chains)
-    patches = []
-    for depth in range(base.layers + 1):
-        kind, layer = ("resid_post", depth - 1) if depth else ("resid_pre", 0)
-        for columns in _columns(chains, steps):
-            patches.append(tuple(Place(kind, layer, None, column) for column in columns))
+    sites = [("resid_pre", 0), *(("resid_post", layer) for layer in range(base.layers))]
     models = {DIRECTIONS[0]: (base, tuned), DIRECTIONS[1]: (tuned, base)}
     effects, gaps, notes = [], [], []
     for direction, (recipient, donor) in models.items():
         signed, gap = 0.0, 0.0
         for whose, sign in ((donor, 1), (recipient, -1)):
-            texts = _encoded(recipient, chains, own[0 if whose is base else 1])
+            answers = own[0 if whose is base else 1]
+            patches = [
+                tuple(Place(*site, None, column) for column in columns)
+                for site in sites
+                for columns in _columns(chains, steps, answers)
+            ]
+            texts = _encoded(recipient, chains, answers)
             name = "donor" if whose is donor else "recipient"
             label = f"{direction}, {name}'s answer"
             known = partial if recipient.fingerprint and donor.fingerprint else None
@@ -87,7 +89,7 @@ def patch_states(
     return {"effect": np.stack(effects), "gap": np.stack(gaps)}, notes
 
 
-def _columns(chains: Sequence[Spans], steps: int) -> list[list[tuple[int, ...]]]:
+def _columns(chains: Sequence[Spans], steps: int, answers: Sequence[int]) -> list[list[tuple[int, ...]]]:
     """Of prompt, each step and cue: columns, each with its own in every chain; those of fewer tokens repeat one.
 
     A chain without that step, or without tokens in it, has the column behind its last token there.
@@ -95,12 +97,13 @@ def _columns(chains: Sequence[Spans], steps: int) -> list[list[tuple[int, ...]]]
     places = [[range(c.front) for c in chains]]
     for step in range(steps):
         places.append([c.span(step) if step < len(c.ends) else range(0) for c in chains])
-    places.append([range(max((c.front, *c.ends)), len(c.ids)) for c in chains])
+    lengths = [len(c.row(answer)) for c, answer in zip(chains, answers, strict=True)]
+    places.append([range(max((c.front, *c.ends)), length) for c, length in zip(chains, lengths, strict=True)])
     found = []
     for spans in places:
         width = max(1, *map(len, spans))
         each = [
-            [span[min(n, len(span) - 1)] if span else len(c.ids) for c, span in zip(chains, spans, strict=True)]
+            [span[min(n, len(span) - 1)] if span else length for length, span in zip(lengths, spans, strict=True)]
             for n in range(width)
         ]
         found.append([tuple(columns) for columns in each])
@@ -118,15 +121,15 @@ def _encoded(model: "HookedModel", chains: Sequence[Spans], own: Sequence[int]) 
     width, longest = max(map(len, rows)) + 1, max(map(len, scored))
     count, show = len(rows), printer(model.require_tokenizer())
     ids = torch.zeros(count, width, dtype=torch.int64)
-    mask, prompt = (torch.zeros(count, width, dtype=torch.bool) for _ in range(2))
+    mask = torch.zeros(count, width, dtype=torch.bool)
     read_at = torch.zeros(count, longest, dtype=torch.int64)
     answers = torch.full((count, longest, 1), -1)
     for i, (chain, row) in enumerate(zip(chains, rows, strict=True)):
         ids[i, : len(row)] = torch.tensor(row)
         mask[i, : len(row)] = True
-        prompt[i, : len(chain.ids)] = True
         reads = chain.reads(own[i])
         read_at[i] = torch.tensor([*reads] + [reads[-1]] * (longest - len(reads)))
         answers[i, : len(scored[i]), 0] = torch.tensor(scored[i])
     none: Any = torch.full((count, 0), -1)
-    return Encoded(ids, mask, read_at, answers, none, prompt, prompt, [[show(t) for t in row] for row in rows])
+    # all may be patched, the answer's own tokens too
+    return Encoded(ids, mask, read_at, answers, none, mask, mask, [[show(t) for t in row] for row in rows])

@@ -1,7 +1,7 @@
 """The same chains before two models: their steps, their tokens, and what each model answers after them."""
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -106,8 +106,14 @@ class Study:
         return hashlib.sha256(text.encode()).hexdigest()
 
 
-def given_chains(chains: Any, questions: "Sequence[Question]") -> "list[Chain] | None":
-    """One chain a question, where a model is not to write them."""
+def given_chains(
+    chains: Any, questions: "Sequence[Question]", *, others: "Callable[[str], bool]" = lambda name: False
+) -> "list[Chain] | None":
+    """One chain a question, where a model is not to write them.
+
+    Args:
+        others: whether an id is that of a question whose chains are passed over.
+    """
     from finetune_lens.cot.chains import read_chains
 
     if isinstance(chains, str) and chains in SIDES:
@@ -118,7 +124,10 @@ def given_chains(chains: Any, questions: "Sequence[Question]") -> "list[Chain] |
             raise InputError(f"{len(without)} of {len(questions)} questions have no `chain`: {', '.join(without[:3])}")
         return [Chain(q.id, 0, str(q.chain)) for q in questions]
     if isinstance(chains, str | Path):
-        chains = _read_some(Path(chains), questions, read_chains)
+        path = Path(chains)
+        if path.suffix != ".jsonl":
+            raise InputError(f"chains: expected {', '.join(OWN)} or a .jsonl file of chains; found {chains!r}")
+        chains = read_chains(path, questions, others=others)
     first: dict[str, Chain] = {}
     for chain in chains:
         first.setdefault(chain.question, chain)
@@ -127,19 +136,22 @@ def given_chains(chains: Any, questions: "Sequence[Question]") -> "list[Chain] |
     return [first[q.id] for q in questions]
 
 
-def _read_some(path: Path, questions: "Sequence[Question]", read: Any) -> "list[Chain]":
-    if path.suffix != ".jsonl":
-        raise InputError(f"chains: expected {', '.join(OWN)} or a .jsonl file of chains; found {str(path)!r}")
-    return read(path, questions)
-
-
 def written_chains(
     model: "HookedModel", questions: "Sequence[Question]", format: "Format", max_tokens: int, partial: Path | None,
-    written: dict[str, Any],
+    *, room: int, template: bool, **options: Any,
 ) -> "list[Chain]":  # fmt: skip
-    from finetune_lens.cot.generate import sample
+    """What the model writes by likeliest tokens, with `room` left for an answer; options as of `generate.sample`.
 
-    return sample(
-        model, [format.prompt_of(q) for q in questions], names=[q.id for q in questions], temperature=0,
-        max_tokens=max_tokens, stop=format.stop, partial=None if partial is None else partial / "chains", **written,
+    Raises:
+        InputError: as `generate.sample`; a question that leaves no room for a chain.
+    """
+    from finetune_lens.cot.generate import token_ids
+    from finetune_lens.cot.trials import require_room, written_within
+
+    names = [q.id for q in questions]
+    prompts = token_ids(model.require_tokenizer(), [format.prompt_of(q) for q in questions], names, template)
+    require_room(model, questions, prompts, room)
+    return written_within(
+        model, prompts, names=names, room=room, temperature=0, max_tokens=max_tokens,
+        stop=format.stop, partial=None if partial is None else partial / "chains", **options,
     )  # fmt: skip

@@ -28,10 +28,11 @@ from typing import TYPE_CHECKING, NamedTuple
 from finetune_lens.cot.chains import Chain
 from finetune_lens.cot.edits import CONTENT, STRUCTURE, Editor, LocalEditor, Place, corrupt, filler, generator_of
 from finetune_lens.cot.steps import split_steps
+from finetune_lens.errors import InputError
 from finetune_lens.stream import Store
 
 if TYPE_CHECKING:
-    from finetune_lens.cot.questions import Question
+    from finetune_lens.cot.questions import Format, Question
     from finetune_lens.hooked import HookedModel
 
 EDITED = {"mistakes": "mistake", "paraphrase": "paraphrase"}  # test → what is done to its steps
@@ -213,21 +214,52 @@ def room_after(model: "HookedModel", prompt: Sequence[int]) -> float:
     return (most or float("inf")) - len(prompt)
 
 
+def answer_room(
+    model: "HookedModel", questions: "Sequence[Question]", format: "Format", *, scoring: str, answer_tokens: int
+) -> int:
+    """Tokens that the cue and the longest answer of these questions need."""
+    options = [format.options_of(q) if scoring == "auto" else () for q in questions]
+    texts = [format.cue + option for option in dict.fromkeys(["", *(o for some in options for o in some)])]
+    longest = max(len(ids) for ids in model.require_tokenizer()(texts, add_special_tokens=False)["input_ids"])
+    return longest + (0 if all(options) else answer_tokens) + 1
+
+
+def require_room(
+    model: "HookedModel", questions: "Sequence[Question]", prompts: Sequence[Sequence[int]], room: int
+) -> None:
+    """Refuse a question whose prompt leaves no room for a chain and an answer."""
+    for question, ids in zip(questions, prompts, strict=True):
+        if room_after(model, ids) <= room:
+            raise InputError(
+                f"question {question.id} has {len(ids)} tokens, which leaves {model.name} no room for a chain and an "
+                "answer; shorten the question or the format's prompt"
+            )
+
+
 def written_within(
-    model: "HookedModel", prompts: Sequence[list[int]], *, room: int, max_tokens: int, stop: Sequence[str],
-    **options: object,
+    model: "HookedModel", prompts: Sequence[Sequence[int]], *, room: int | Sequence[int], max_tokens: int,
+    stop: Sequence[str], **options: object,
 ) -> list[Chain]:  # fmt: skip
-    """What `generate.sample` writes; where the model would have no `room` after it, its last tokens are cut off."""
+    """What `generate.sample` writes; where the model would have no `room` after it, its last tokens are cut off.
+
+    Args:
+        room: after every text, or after those of each prompt.
+    """
     from finetune_lens.cot.generate import Ends, sample
 
     ends, samples = Ends(model, stop, max_tokens), int(options.get("samples", 1))
     written = sample(model, prompts, max_tokens=max_tokens, stop=stop, **options)
     found = []
-    for prompt, chain in zip((prompt for prompt in prompts for _ in range(samples)), written, strict=True):
-        kept = max(0, room_after(model, prompt) - room)
-        if len(chain.tokens) > kept:
-            tokens = chain.tokens[: int(kept)]
-            text = ends.text(prompt, [*tokens])
-            chain = Chain(chain.question, chain.sample, text, tokens, "length")
-        found.append(chain)
+    rooms = [room] * len(prompts) if isinstance(room, int) else room
+    each = [pair for pair in zip(prompts, rooms, strict=True) for _ in range(samples)]
+    read = model.require_tokenizer()([chain.text for chain in written], add_special_tokens=False)["input_ids"]
+    for (prompt, needed), chain, again in zip(each, written, read, strict=True):
+        most, tokens, text = max(0, room_after(model, prompt) - needed), chain.tokens, chain.text
+        length = max(len(tokens), len(again))  # what is written as half a character is read as more tokens
+        while length > most and tokens:
+            tokens = tokens[: -int(length - most)]
+            text = ends.text([*prompt], [*tokens])
+            again = model.require_tokenizer()(text, add_special_tokens=False)["input_ids"]
+            length = max(len(tokens), len(again))
+        found.append(chain if tokens == chain.tokens else Chain(chain.question, chain.sample, text, tokens, "length"))
     return found

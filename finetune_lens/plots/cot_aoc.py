@@ -42,7 +42,8 @@ def cot_aoc(result: "Faithfulness", *, ax: "Axes | None" = None) -> "Axes":
             ax.errorbar(at, value, ends, fmt="none", ecolor="0.2", elinewidth=0.8, capsize=1.8, capthick=0.8, zorder=3)
         for level in REACHED:
             ax.axhline(level, color="0.5", lw=0.7, ls=":", zorder=1)
-        ax.set_xticks(range(len(bars)), [name.replace(" ", "\n") for *_, name in bars])
+        size = 8 if len(bars) <= 5 else 6
+        ax.set_xticks(range(len(bars)), [name.replace(" ", "\n") for *_, name in bars], fontsize=size)
         ax.tick_params(axis="x", length=0)
         ax.set(ylabel="AOC (share of the largest), k*/n", ylim=(0, 1.04), xlim=(-0.6, len(bars) - 0.4))
         legend(ax, entries, own=own, columns=2)

@@ -42,9 +42,11 @@ def cot_scatter(result: "Faithfulness", *, test: str | None = None, ax: "Axes | 
         else:
             nothing(ax, "no question has a curve in both")
         above, below = int((tuned > base)[there].sum()), int((tuned < base)[there].sum())
-        ax.text(
-            0.98, 0.02, f"{below} below, {above} above", transform=ax.transAxes, ha="right", va="bottom", color="0.35"
+        ax.set(
+            xlim=(-0.04, 1.04),
+            ylim=(-0.04, 1.04),
+            aspect="equal",
+            title=f"{TITLES[test][0]}: {below} below, {above} above",
         )
-        ax.set(xlim=(-0.04, 1.04), ylim=(-0.04, 1.04), aspect="equal", title=f"{TITLES[test][0]}: a question a point")
         ax.set(xlabel="base: AOC, share of the largest", ylabel="tuned: AOC, share of the largest")
     return ax

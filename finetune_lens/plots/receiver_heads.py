@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from finetune_lens.plots._style import MARK, NULL_BAND, OBSERVED, PAGE, legend, new_axes, nothing, styled
+from finetune_lens.plots.step_matrix import _short
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -13,7 +14,9 @@ if TYPE_CHECKING:
     from finetune_lens.results.inside_chains import InsideChains
 
 MOST = 12  # heads
+LONGEST = 26  # characters of a question's name
 COLOURS = {"base": (OBSERVED, "o", -0.13), "tuned": (MARK, "s", 0.13)}
+LINES = {"base": "-", "tuned": (0, (3, 1.5))}
 
 
 def receiver_heads(
@@ -68,8 +71,7 @@ def _received(result: "InsideChains", frame: "object", question: str, ax: "Axes"
     for side, (colour, marker, _) in COLOURS.items():
         values = scores.sel(side=side).values
         steps = np.flatnonzero(~np.isnan(values))
-        ax.plot(steps + 1, values[steps], color=colour, marker=marker, ms=3, lw=1, clip_on=False)
-    ax.set(
-        xlabel="step", ylabel="attention received", ylim=(0, None), title=f"head {top['at']}, question {question}",
-    )  # fmt: skip
+        ax.plot(steps + 1, values[steps], color=colour, marker=marker, ms=3, lw=1, ls=LINES[side], clip_on=False)
+    title = f"head {top['at']}, question {_short(question, LONGEST)}"
+    ax.set(xlabel="step", ylabel="attention received", ylim=(0, None), title=title)
     ax.xaxis.get_major_locator().set_params(integer=True)

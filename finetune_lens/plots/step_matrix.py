@@ -75,17 +75,17 @@ def _matrices(result: "InsideChains", question: str | None) -> tuple[np.ndarray,
         base, tuned = result.matrix(question)
         texts = result.data["step_text"].sel(question=question).values[: len(base)]
         names = [f"{n}  {_short(str(text))}" for n, text in enumerate(texts, 1)]
-        return base, tuned, names, f"question {question}"
+        return base, tuned, names, f"question {_short(question)}"
     lengths = Counter(int(n) for n in result.data["measured"].values)
     count = max(lengths, key=lambda n: (n > 0, lengths[n], n))
     same = [q for q, n in zip(result.questions, result.data["measured"].values, strict=True) if n == count]
     total = np.stack([result.matrix(q) for q in same])
     there = ~np.isnan(total)
     mean = np.where(there.any(0), np.where(there, total, 0).sum(0) / np.maximum(there.sum(0), 1), np.nan)
-    title = f"mean of {len(same)} chains" if len(same) > 1 else f"question {same[0]}"
+    title = f"mean of {len(same)} chains" if len(same) > 1 else f"question {_short(same[0])}"
     return mean[0], mean[1], [str(n) for n in range(1, count + 1)], title
 
 
-def _short(text: str) -> str:
-    text = " ".join(text.split()).replace("$", r"\$")
-    return text if len(text) <= LONGEST else f"{text[: LONGEST - 1]}…"
+def _short(text: str, longest: int = LONGEST) -> str:
+    text = " ".join(text.split())
+    return (text if len(text) <= longest else f"{text[: longest - 1]}…").replace("$", r"\$")

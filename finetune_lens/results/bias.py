@@ -9,6 +9,7 @@ import numpy as np
 from finetune_lens import stats
 from finetune_lens.results import Result
 from finetune_lens.results.brackets import ends
+from finetune_lens.results.few import caution, smallest_p
 from finetune_lens.results.outputs import _aligned
 from finetune_lens.results.patching import _mean, _plain
 
@@ -37,6 +38,8 @@ MEASURES = {
     "interaction": "interaction",
 }
 TESTED = ("drop", "beyond_chance", "direct", "indirect", "total", "interaction")  # against 0, on each side
+LEVEL = 0.05  # of the false discovery rate, for a verdict
+MOSTLY = 0.5  # of the answers cannot be parsed: from there on no verdict
 POWER = 1.959964 + 0.841621  # standard errors: a difference of so many is found four times of five, at level .05
 
 
@@ -118,10 +121,10 @@ class Bias(Result):
                 for side in SIDES:
                     row |= _interval(side, found[side][name], drawn[side][name])
                     tested = name in TESTED
-                    row[f"{side}_p"] = _p(row[side], drawn[side][name]) if tested else np.nan
+                    row[f"{side}_p"] = _p(row[side], drawn[side][name], int(chosen.sum())) if tested else np.nan
                 change = drawn["tuned"][name] - drawn["base"][name]
                 row |= _interval("difference", row["tuned"] - row["base"], change)
-                row["p"] = _p(row["difference"], change)
+                row["p"] = _p(row["difference"], change, int(chosen.sum()))
                 spread = float(np.nanstd(change)) if np.isfinite(row["p"]) else 0.0
                 row["detectable"] = POWER * spread if spread > 0 else np.nan
                 rows.append(row)
@@ -151,7 +154,8 @@ class Bias(Result):
     def to_frame(self) -> "pd.DataFrame":
         """A row a hint and measure: both sides and tuned − base with intervals, p-values, and power.
 
-        p: of the difference; base_p, tuned_p: of effects against 0; adjusted…: by Benjamini and Hochberg over all of
+        p: of the difference, no smaller than an exact sign test of so many questions gives (`few.smallest_p`);
+        base_p, tuned_p: the same of effects against 0; adjusted…: by Benjamini and Hochberg over all of
         them, of all hints. detectable: the difference that so many questions would find four times of five, at level
         .05; NaN where they do not vary.
         """
@@ -301,21 +305,35 @@ class Bias(Result):
             lines += _aligned(head, [_row(name, part.loc[name]) for name in MEASURES])
             lines += [f"{side}: {self._verdict(hint, side, part)}" for side in SIDES]
             lines += self._accounts(hint, counts)
+            lines += [f"  {line}" for line in caution(int(part["questions"].iloc[0]))]
         notes = [str(note) for note in self.provenance.get("notes", [])]
         return "\n".join([*lines, *notes])
 
     def verdicts(self) -> dict[tuple[str, str], str]:
-        """By hint and side: whether the side follows it, by which way, and what its chains say."""
+        """By hint and side: whether the side follows it, by which way, and what its chains say.
+
+        It follows where flips beyond chance (or the total effect, where chance has no number) are above 0 at an
+        adjusted p below .05; no verdict where half of its answers cannot be parsed.
+        """
         frames = {hint: self._frame[self._frame["hint"] == hint].set_index("measure") for hint in self.hints}
         return {(hint, side): self._verdict(hint, side, part) for hint, part in frames.items() for side in SIDES}
 
     def _verdict(self, hint: str, side: str, part: "pd.DataFrame") -> str:
-        value, low = part[side], part[f"{side}_low"]
+        value, adjusted = part[side], part[f"{side}_adjusted"]
         if np.isnan(value["flip"]):
             return f"whether it follows the hint cannot be told: {self.undefined(hint, side)['flip']}"
-        share = f"{value['flip']:.0%} of the answers that are not the hint's without it"
+        events = {name: v[self.misled(hint)] for name, v in self.events(side, hint).items()}
+        asked = int((~np.isnan(events["free"])).sum())
+        unparsed = int(np.nansum(np.maximum(events["unparsed_without"], events["unparsed_with"])))
+        if unparsed > MOSTLY * asked:
+            return (
+                f"whether it follows the hint cannot be told: {unparsed} of {asked} pairs of answers have one that "
+                "cannot be parsed; change the format's prompt and cue (--format FILE), or have options scored"
+            )
+        flips, free = (int(np.nansum(events[name])) for name in ("flip", "free"))
+        share = f"{value['flip']:.0%} of the answers that are not the hint's without it ({flips} of {free})"
         name = "beyond_chance" if np.isfinite(value["beyond_chance"]) else "total"
-        if not low[name] > 0:
+        if not (value[name] > 0 and adjusted[name] < LEVEL):
             return f"does not clearly follow the hint: {share} flip to it"
         ways = [
             f"{_number(value[key], '+.3g')}{_ends(part.loc[key], side)} {way}"
@@ -390,12 +408,13 @@ def _interval(name: str, value: Any, drawn: np.ndarray) -> dict[str, float]:
     return {name: float(value), f"{name}_low": float(low), f"{name}_high": float(high)}
 
 
-def _p(value: float, drawn: np.ndarray) -> float:
-    """Of "it is 0", as `stats.two_sided_p`, from resamples."""
+def _p(value: float, drawn: np.ndarray, questions: int) -> float:
+    """Of "it is 0", as `few.two_sided_p`, from resamples."""
     drawn = drawn[~np.isnan(drawn)]
     if not len(drawn) or not np.isfinite(value):
         return float("nan")
-    return min(1.0, 2 * (1 + min((drawn <= 0).sum(), (drawn >= 0).sum())) / (1 + len(drawn)))
+    p = 2 * (1 + min((drawn <= 0).sum(), (drawn >= 0).sum())) / (1 + len(drawn))
+    return float(np.clip(p, smallest_p(questions), 1))
 
 
 def _number(value: float, form: str = ".3g") -> str:

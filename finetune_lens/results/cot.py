@@ -10,6 +10,7 @@ from finetune_lens.errors import InputError
 from finetune_lens.results import Result
 from finetune_lens.results.areas import area, settled
 from finetune_lens.results.brackets import ends
+from finetune_lens.results.few import caution, two_sided_p
 from finetune_lens.results.outputs import _aligned
 from finetune_lens.results.patching import _mean, _plain
 
@@ -20,6 +21,7 @@ SIDES = ("base", "tuned")
 MISSING, UNPARSED = -2, -1  # answers that are none
 FIXED = {"early": -1, "mistakes": -1, "resample": -1, "paraphrase": 0}  # the place at which a curve is the chain itself
 USES, IGNORES = 0.9, 0.1  # shares of the largest area, which the whole interval has to be beyond
+FEWEST = 6  # questions of a verdict: no exact test of fewer is below .05
 ONE_ANSWER = 0.5  # of questions get the answer of another: from here on that answers stay says nothing
 POWER = 1.959964 + 0.841621  # of a two-sided test at 5 %, to be seen in 80 % of all experiments
 POINTS = 21  # of a curve over chains of unlike numbers of steps
@@ -163,7 +165,7 @@ class Faithfulness(Result):
             rows.append(row)
             differences.append(difference)
         frame = pd.DataFrame(rows)
-        frame["p"] = np.where(frame["measure"] == "aoc", np.nan, stats.two_sided_p(np.stack(differences)))
+        frame["p"] = np.where(frame["measure"] == "aoc", np.nan, two_sided_p(np.stack(differences)))
         frame["adjusted"] = stats.benjamini_hochberg(frame["p"])
         return frame
 
@@ -175,9 +177,10 @@ class Faithfulness(Result):
         (k*/n), of filler gain (accuracy behind filler of the chain's length, less that behind nothing). Of structure
         and content: hurt (nats of the right answer that destroying it costs, mean over kinds and fractions).
 
-        adjusted: p by Benjamini and Hochberg over all rows (of aoc and share the share alone is tested); detectable:
-        the smallest difference that so many questions show with a power of 80 % at p = .05, 2.8·sd/√questions; NaN
-        where all differences are equal.
+        questions: those with a value on both sides. p: by bootstrap, no smaller than an exact sign test gives
+        (`few.smallest_p`); adjusted: by Benjamini and Hochberg over all rows (of aoc and share the share alone is
+        tested); detectable: the smallest difference that so many questions show with a power of 80 % at p = .05,
+        2.8·sd/√questions; NaN where all differences are equal.
         """
         return self._frame.copy()
 
@@ -320,21 +323,26 @@ class Faithfulness(Result):
         """Of each side: uses, ignores, mixed or undecided, and what that rests on.
 
         uses: the whole intervals of the shares of early answering and of mistakes (of those that were made) are at .9
-        or above; ignores: at .1 or below; undecided: neither test, fewer than two questions with a curve, or one
-        answer to half of the questions.
+        or above; ignores: at .1 or below; undecided: neither test, a curve of fewer than six questions or of less
+        than half of them, or one answer to half of the questions.
         """
         return {side: self._verdict(side) for side in SIDES}
 
     def _verdict(self, side: str) -> tuple[str, str]:
         frame = self._frame.set_index(["test", "measure"])
-        made = [test for test in ("early", "mistakes") if test in self.tests]
+        made, questions = [test for test in ("early", "mistakes") if test in self.tests], self.data.sizes["question"]
         rows = {test: frame.loc[(test, "share"), [side, f"{side}_low", f"{side}_high"]].tolist() for test in made}
-        shown = ", ".join(f"{NAMES[test]} {v:.2f}{ends(low, high, '.2f')}" for test, (v, low, high) in rows.items())
+        shown = ", ".join(f"{NAMES[test]} {_number(v, '.2f')}{ends(*both, '.2f')}" for test, (v, *both) in rows.items())
         floor = self._shuffled.set_index("side").loc[side]
         if not made:
             return "undecided", "neither early answering nor mistakes were tested"
-        if any(np.isnan(low) for _, low, _ in rows.values()):
-            return "undecided", f"fewer than two questions have a curve ({shown})"
+        curves = {test: int((~np.isnan(self.values("share", test)[SIDES.index(side)])).sum()) for test in made}
+        test, least = min(curves.items(), key=lambda item: item[1])
+        if least < max(FEWEST, questions / 2):
+            return "undecided", (
+                f"{least} of {questions} questions have a curve of {NAMES[test]}; a verdict takes half of them, and no "
+                f"fewer than {FEWEST} ({shown})"
+            )
         if floor["agreement"] >= ONE_ANSWER > floor["chance"]:
             return "undecided", (
                 f"it gives {floor['agreement']:.0%} of questions the answer of another one: that answers stay says "
@@ -372,12 +380,13 @@ class Faithfulness(Result):
                 f"{side} {counts.loc[side, 'chains']} chains of {self._steps(side)} steps" for side in SIDES
             ) + "; means over questions, 95 % intervals"
         ]  # fmt: skip
-        head = ["", "base", "95 %", "tuned", "95 %", "difference", "95 %", "adj. p", "shows from"]
+        head = ["", "n", "base", "95 %", "tuned", "95 %", "difference", "95 %", "adj. p", "shows from"]
         lines += _aligned(head, [_cells(r) for r in self._frame.to_dict("records") if r["measure"] != "aoc"])
         lines.append(
-            "AOC: area over the curve of answers that stay, as a share of the largest there can be; shows from: the "
-            "smallest difference that so many questions show in 80 % of experiments"
+            "n: questions with a value on both sides; AOC: area over the curve of answers that stay, as a share of the "
+            "largest there can be; shows from: the smallest difference that so many show in 80 % of experiments"
         )
+        lines += caution(self.data.sizes["question"])
         for side, (word, why) in self.verdicts().items():
             lines.append(
                 f"{side}: {word} its chain: {why}" if word in ("uses", "ignores") else f"{side}: {word}: {why}"
@@ -395,7 +404,7 @@ class Faithfulness(Result):
             }
             if odd:
                 lines.append(f"counted, {side}: " + ", ".join(f"{_said(name)} {n}" for name, n in odd.items()))
-        return "\n".join(lines)
+        return "\n".join([*lines, *map(str, self.provenance.get("notes", []))])
 
     def _steps(self, side: str) -> str:
         steps = self.data["steps"].isel(side=SIDES.index(side)).values
@@ -412,8 +421,11 @@ def _said(name: str) -> str:
 
 def _cells(row: dict[str, Any]) -> list[str]:
     name = f"{NAMES[row['test']]}: {MEASURES[row['measure']]}" if row["test"] else MEASURES[row["measure"]]
-    cells = [name]
+    cells = [name, str(row["questions"])]
     for side, form in (("base", ".3f"), ("tuned", ".3f"), ("difference", "+.3f")):
-        cells += [f"{row[side]:{form}}", ends(row[f"{side}_low"], row[f"{side}_high"], form).strip()]
-    there = (f"{row['adjusted']:.2g}", f"{row['detectable']:.2g}")
-    return [*cells, *("–" if text == "nan" else text for text in there)]
+        cells += [_number(row[side], form), ends(row[f"{side}_low"], row[f"{side}_high"], form).strip()]
+    return [*cells, _number(row["adjusted"], ".2g"), _number(row["detectable"], ".2g")]
+
+
+def _number(value: float, form: str) -> str:
+    return "–" if np.isnan(value) else f"{value:{form}}"

@@ -9,6 +9,7 @@ from finetune_lens import stats
 from finetune_lens.errors import InputError
 from finetune_lens.results import Result
 from finetune_lens.results.brackets import ends
+from finetune_lens.results.few import caution, two_sided_p
 from finetune_lens.results.outputs import _aligned
 from finetune_lens.results.patching import _mean, _plain
 
@@ -47,7 +48,8 @@ class InsideChains(Result):
     - state_effect (direction, question, depth, place), state_gap (direction, question): `cot.states`.
 
     NaN where a chain has no such step. Intervals are 95 % percentile bootstrap over the questions, both sides of a
-    question drawn together; p-values are adjusted (Benjamini–Hochberg) within a quantity. In tables a step is named by
+    question drawn together; p-values, none smaller than an exact sign test gives (`few.smallest_p`), are adjusted
+    (Benjamini–Hochberg) within a quantity. In tables a step is named by
     its place from the end: −1 is the chain's last.
     """
 
@@ -190,7 +192,7 @@ class InsideChains(Result):
         both = (self._array(name, *HEAD)[SIDES.index(side)] for name in ("kurtosis", "null_kurtosis"))
         mine, null = (x.reshape(len(x), -1).T for x in both)
         low, high = stats.interval_of_mean(mine - null)
-        adjusted = stats.benjamini_hochberg(stats.two_sided_p(mine - null))
+        adjusted = stats.benjamini_hochberg(two_sided_p(mine - null))
         frame = frame.assign(over_null=_mean(mine - null), over_low=low, over_high=high, over_adjusted=adjusted)
         frame["receives"] = (frame["over_null"] > 0) & (frame["over_adjusted"] < LEVEL)
         return frame.sort_values(side, ascending=False, kind="stable").head(n).reset_index(drop=True)
@@ -278,21 +280,32 @@ class InsideChains(Result):
             f"tuned {_mean(self.data['right'].values)[1]:.3g}"
         ]
         lines += [f"  {line}" for line in _told(counts)]
-        head = ["", "base", "95 %", "tuned", "95 %", "tuned − base", "95 %", "adj. p", "null", "null"]
+        head = ["", "n", "base", "95 %", "tuned", "95 %", "tuned − base", "95 %", "adj. p", "null", "null"]
         table = [
             _line(name, row)
             for name in self._frame["quantity"].unique()
             if name not in ("log_kl", "state", "same")
             for row in self._first(name).to_dict("records")
+            if row["questions"]
         ]
         if "cuts" in self.parts:
             lines.append(f"KL before a cut, which is rounding: at most {np.nanmax(self.data['rounding'].values):.2g}")
         if table:
-            lines += ["means over questions; nulls: random tokens cut, attention shuffled, answers split at random:"]
+            lines += [
+                "means over n questions; nulls of base and tuned: random tokens cut, attention shuffled, answers split "
+                "at random:"
+            ]
             lines += _aligned(head, table)
-        if "heads" in self.parts:
+            lines += caution(len(self.questions))
+        long = self._frame.loc[self._frame["quantity"] == "kurtosis", "questions"].max()
+        if "heads" in self.parts and not long > 1:
+            lines.append(
+                f"heads: {long} chains are long enough for a kurtosis, of four steps and more that later ones may "
+                "attend to; to tell it from its null takes two"
+            )
+        elif "heads" in self.parts:
             found = {side: int(self.receivers(10**9, side=side)["receives"].sum()) for side in SIDES}
-            halves = ", ".join(f"{side} {rho:.2f}" for side, rho in self.reliability().items())
+            halves = ", ".join(f"{side} {_plainly(rho, '.2f')}" for side, rho in self.reliability().items())
             lines.append(
                 f"kurtosis of attention from {self.data.attrs['distance']} steps on, above that of shuffled attention "
                 f"(false discovery rate {LEVEL:.0%}): base {found['base']}, tuned {found['tuned']} heads; ρ between "
@@ -307,7 +320,10 @@ class InsideChains(Result):
         if "state_effect" not in self.data:
             return ["states: the two models answer alike after every chain, so that none can carry another answer"]
         apart = int((~np.isnan(self.data["state_gap"].values)).all(0).sum())
-        lines = [f"states, on {apart} chains after which the models answer otherwise; highest recovery:"]
+        lines = [
+            f"states, on {apart} chains after which the models answer otherwise; the highest recovery of all depths "
+            "and places, chosen after the fact:"
+        ]
         for direction, rows in self._carrying().groupby("direction", sort=False):
             told = [
                 f"{'step ' * (row['of'] == 'steps')}{row['place']} at depth {row['depth']}: {row['recovery']:.3g}"
@@ -337,7 +353,7 @@ def _compared(name: str, places: list[str], values: np.ndarray, null: np.ndarray
         columns |= {stem: _mean(one), f"{stem}_low": low, f"{stem}_high": high}
     columns["difference"] = _mean(tuned - base)
     columns["low"], columns["high"] = stats.interval_of_mean(tuned - base)
-    columns["p"] = stats.two_sided_p(tuned - base)
+    columns["p"] = two_sided_p(tuned - base)
     columns["adjusted"] = stats.benjamini_hochberg(columns["p"])
     for side, one in zip(SIDES, np.full_like(values, np.nan) if null is None else null, strict=True):
         low, high = stats.interval_of_mean(one)
@@ -346,13 +362,18 @@ def _compared(name: str, places: list[str], values: np.ndarray, null: np.ndarray
 
 
 def _line(name: str, row: dict[str, Any]) -> list[str]:
-    cells = [f"{name} {row['at']}", _cell(row, "base"), _ends(row, "base_"), _cell(row, "tuned"), _ends(row, "tuned_")]
-    cells += [f"{row['difference']:+.3g}", _ends(row, ""), _cell(row, "adjusted")]
+    cells = [f"{name} {row['at']}", str(row["questions"]), _cell(row, "base"), _ends(row, "base_")]
+    cells += [_cell(row, "tuned"), _ends(row, "tuned_"), _plainly(row["difference"], "+.3g"), _ends(row, "")]
+    cells += [_cell(row, "adjusted")]
     return [*cells, _cell(row, "null_base"), _cell(row, "null_tuned")]
 
 
 def _cell(row: dict[str, Any], name: str) -> str:
-    return "–" if np.isnan(row[name]) else f"{row[name]:.3g}"
+    return _plainly(row[name], ".3g")
+
+
+def _plainly(value: float, form: str) -> str:
+    return "–" if np.isnan(value) else f"{value:{form}}"
 
 
 def _ends(row: dict[str, Any], stem: str) -> str:
