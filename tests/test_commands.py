@@ -320,7 +320,7 @@ def test_an_option_is_of_one_type_everywhere_and_every_analysis_has_the_common_o
         for option, kind in options.items():
             kinds.setdefault(option, {}).setdefault(kind, []).append(name)
     several = {option: kinds[option] for option in kinds if len(kinds[option]) > 1}
-    assert set(several) <= {"--sparsity"}, "one command takes one, another a range"
+    assert set(several) <= {"--sparsity", "--chains"}, "one command takes one, another several"
     for name, options in found.items():
         assert {"--out", "--force", "--json", "--plots", "--quiet", "--debug"} <= set(options), name
 

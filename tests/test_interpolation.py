@@ -19,7 +19,7 @@ from test_patching import letters
 
 import finetune_lens as fl
 from finetune_lens import plots, stats, zoo
-from finetune_lens.command import span
+from finetune_lens.command import Basic, span
 from finetune_lens.errors import InputError
 from finetune_lens.evaluation import METRICS, measure, read_examples
 from finetune_lens.hooked.loading import load_model
@@ -505,6 +505,7 @@ def test_the_command_and_an_interruption(tmp_path, monkeypatch, capsys):
         return measure(*args, **options)
 
     monkeypatch.setattr(points, "measure", counted)
+    monkeypatch.setattr(Basic, "progress", True)  # as on a terminal
     assert command(*arguments, "--no-plots", monkeypatch=monkeypatch) == 130
     assert "again to continue" in capsys.readouterr().err
     assert not (out / "interpolation.nc").exists()
