@@ -29,6 +29,7 @@ bench: .venv/.dev
 	$(BIN)/python benchmarks/grafting.py
 	$(BIN)/python benchmarks/circuits.py
 	$(BIN)/python benchmarks/probing.py
+	$(BIN)/python benchmarks/cot.py
 
 docs: .venv/.dev
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet
