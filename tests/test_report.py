@@ -270,6 +270,7 @@ def test_bad_input_is_one_line(tmp_path, capsys):
     assert "nowhere.jsonl is not there" in error(FOLDER / "base", FOLDER / "lora", "--prompts", "nowhere.jsonl")
     assert "holds no saved result" in error("--from", tmp_path)
     assert "no such result" in error("--from", tmp_path / "x.nc")
+    assert "tests are of early, mistakes" in error(FOLDER / "base", FOLDER / "lora", "--tests", "early,late")
     broken = tmp_path / "broken.jsonl"
     broken.write_text('{"prompt": 1}\n')
     assert "line 1" in error(FOLDER / "base", FOLDER / "lora", "--prompts", broken)
@@ -494,3 +495,5 @@ def test_a_folder_may_hold_other_files(found, tmp_path, capsys):
     command("--from", tmp_path / "runs", "--out", tmp_path / "o", "--no-plots")
     assert "not run, other.nc: " in capsys.readouterr().out
     command("--from", tmp_path / "runs" / "other.nc", "--out", tmp_path / "p", code=2)
+    (tmp_path / "empty").mkdir()
+    command("--from", tmp_path / "runs", "--from", tmp_path / "empty", "--out", tmp_path / "p", code=2)

@@ -66,9 +66,9 @@ def main() -> None:
                 if path is not None and not path.is_file():
                     raise InputError(f"{path} is {'a folder' if path.is_dir() else 'not there'}; expected a file")
             pair = common.pair(base, tuned)
-            execution = common.execution()
+            chosen = [test.strip() for test in tests.split(",")]
             inputs = Inputs(
-                pair, base, tuned, prompts, questions, format, texts, tests.split(","), samples, common.seed, execution
+                pair, base, tuned, prompts, questions, format, texts, chosen, samples, common.seed, common.execution()
             )  # fmt: skip
             found = examine(inputs, partial=out / ".report.partial")
             name = title or f"What did fine-tuning do? {Path(base).name} → {Path(tuned).name}"
@@ -109,14 +109,14 @@ def _read(paths: list[Path]) -> "Examined":
         if not path.is_dir():
             files.append(path)
             continue
-        inside = sorted(p for p in path.rglob("*.nc") if not any(part.startswith(".") for part in p.parts))
-        for file in inside:
+        before = len(files)
+        for file in sorted(p for p in path.rglob("*.nc") if not any(part.startswith(".") for part in p.parts)):
             try:
                 load(file)
                 files.append(file)
             except InputError as error:
                 found.skipped[str(file.relative_to(path))] = str(error)
-        if not files:
+        if len(files) == before:
             raise InputError(f"{path} holds no saved result (*.nc)")
     order = {kind: place for place, kind in enumerate(SECTIONS)}
     results = read(dict.fromkeys(files))

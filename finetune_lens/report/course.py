@@ -107,7 +107,8 @@ def examine(inputs: Inputs, *, partial: Path | None = None) -> Examined:
 
 
 def _require_files(inputs: Inputs) -> None:
-    """Read every file once before anything is computed."""
+    """Read every file, and the tests that are asked for, once before anything is computed."""
+    from finetune_lens.cot.faithfulness import TESTS
     from finetune_lens.cot.questions import Format, read_questions
     from finetune_lens.prompts import read_prompts
     from finetune_lens.representations import read_texts
@@ -116,6 +117,9 @@ def _require_files(inputs: Inputs) -> None:
     for name, read in readers.items():
         if (path := getattr(inputs, name)) is not None:
             read(path)
+    unknown = [test for test in inputs.tests if test not in TESTS]
+    if unknown:
+        raise InputError(f"tests are of {', '.join(TESTS)}; found {unknown[0]!r}")
 
 
 def _save(result: "Result", file: Path) -> None:
