@@ -188,8 +188,10 @@ def test_analyses_take_it_as_any_model():
     effect = fl.patch(pair.base, rows, site="resid_pre", progress=False).data["logit_diff"].squeeze("direction")
     np.testing.assert_allclose(effect.sel(layer=1, position=counter.LENGTH), 2 * SCALE, atol=1e-3)
     assert not effect.sel(layer=[1, 2], position=range(counter.LENGTH)).any(), "all of it at the last position"
-    with pytest.raises(fl.GateFailed, match="not one logit differs"):  # of random tokens without <bos>
-        fl.compare_outputs(pair, rows, progress=False)
+    checked = fl.compare_outputs(pair, rows, progress=False)  # of random tokens behind <bos>
+    assert checked.table().set_index("measure").equals(table)
+    with pytest.raises(fl.GateFailed, match="not one logit differs"):
+        fl.compare_outputs(fl.ModelPair.load(compiled("a"), compiled("a"), tokenizer=tokenizer()), rows, progress=False)
 
 
 def test_a_saved_one_is_weights_alone(tmp_path):
