@@ -126,7 +126,8 @@ def two_sided_p(values: ArrayLike, *, resamples: int = RESAMPLES, seed: int = 0)
     """Bootstrap p-value of "the mean over examples is 0": the level at which the percentile interval reaches 0.
 
     p = min(1, 2·(1 + min(#{m* ≤ 0}, #{m* ≥ 0})) / (1 + resamples)) over the resampled means m*; never below
-    2 / (1 + resamples).
+    2 / (1 + resamples), nor below `smallest_p` of the examples that are not 0: resampled means of two values of
+    one sign never reach 0, whatever the values.
 
     Args:
         values: (…, example), as for `interval_of_mean`.
@@ -141,7 +142,13 @@ def two_sided_p(values: ArrayLike, *, resamples: int = RESAMPLES, seed: int = 0)
         tail = np.minimum((means <= 0).sum(1), (means >= 0).sum(1))
         drawn = (~np.isnan(means)).sum(1)
         p[rows] = np.where(drawn == 0, np.nan, 2 * (1 + tail) / (1 + drawn))
-    return np.minimum(p, 1).reshape(lead)
+    least = smallest_p((~np.isnan(values) & (values != 0)).sum(1))
+    return np.clip(p, least, 1).reshape(lead)
+
+
+def smallest_p(number: ArrayLike) -> np.ndarray:
+    """2^(1−n): the smallest two-sided p of an exact sign test of n paired values that are not 0; 1 of none."""
+    return np.minimum(1.0, 0.5 ** (np.asarray(number, dtype=float) - 1))
 
 
 def benjamini_hochberg(p: ArrayLike) -> np.ndarray:

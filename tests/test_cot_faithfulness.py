@@ -25,7 +25,6 @@ from finetune_lens.errors import InputError
 from finetune_lens.hooked import HookedModel
 from finetune_lens.results.areas import area, settled
 from finetune_lens.results.cot import MISSING, UNPARSED, Faithfulness
-from finetune_lens.results.few import coverage, two_sided_p
 from finetune_lens.zoo import traces_recipe as recipe
 
 TRACES = zoo.path("traces")
@@ -386,20 +385,6 @@ def test_verdicts_claim_no_more_than_the_intervals():
 
 
 def test_few_questions_show_no_more_than_an_exact_test_and_are_said_to_be_few():
-    """Two questions of one sign: no resampled mean reaches 0, and it is a coin thrown twice all the same."""
-    draw = np.random.default_rng(0)
-    for n in (2, 5, 9):
-        values = np.abs(draw.normal(size=n))
-        assert float(stats.two_sided_p(values)) < 0.002, "the bootstrap's"
-        assert float(two_sided_p(values)) == pytest.approx(binomtest(n, n).pvalue)
-        assert float(two_sided_p([*values, *[0.0] * 30, np.nan])) >= binomtest(n, n).pvalue, "zeros speak for nothing"
-    assert two_sided_p(np.zeros((2, 4))).tolist() == [1, 1]
-    many = draw.normal(0.4, 1, 60)
-    assert float(two_sided_p(many)) == float(stats.two_sided_p(many))
-    for n in (4, 8):
-        samples = draw.normal(size=(1500, n))
-        low, high = stats.interval_of_mean(samples, resamples=400)
-        assert coverage(n) == pytest.approx(np.mean((low < 0) & (high > 0)), abs=0.03)
     found = made([[[[[0, 0, 0]]] * 3, [[[1, 1, 0]]] * 3]])
     assert found.to_frame().set_index("measure").loc["share", "p"] == binomtest(3, 3).pvalue
     assert "3 questions are few: a 95 % interval over so many holds about 75%" in found.summary()

@@ -5,11 +5,13 @@ import pytest
 import scipy.stats
 
 from finetune_lens import stats
+from finetune_lens.results.few import caution, coverage
 from finetune_lens.stats import (
     benjamini_hochberg,
     interval_of_mean,
     interval_of_ratio,
     rank_correlation,
+    resampled_means,
     two_sided_p,
 )
 
@@ -172,7 +174,30 @@ def test_p_values_under_the_null_are_uniform(rng):
     assert np.mean(p < 0.5) == pytest.approx(0.5, abs=0.04)
     assert np.mean(p < 0.05) == pytest.approx(0.06, abs=0.02)
     assert two_sided_p(np.zeros(10)) == 1
-    assert two_sided_p(np.full(10, 3.0)) == pytest.approx(2 / 10_001)
+    assert two_sided_p(np.full(20, 3.0)) == pytest.approx(2 / 10_001)
+
+
+def test_few_examples_show_no_more_than_an_exact_sign_test(rng):
+    """Two examples of one sign: no resampled mean reaches 0, and it is a coin thrown twice all the same."""
+    for n in (2, 5, 9):
+        values = np.abs(rng.normal(size=n))
+        assert stats.percentile_interval(resampled_means(values[None]))[0] > 0, "clear of 0 by the bootstrap alone"
+        assert float(two_sided_p(values)) == pytest.approx(scipy.stats.binomtest(n, n).pvalue)
+        held = scipy.stats.binomtest(n, n).pvalue
+        assert float(two_sided_p([*values, *[0.0] * 30, np.nan])) >= held, "zeros speak for nothing"
+    assert two_sided_p(np.zeros((2, 4))).tolist() == [1, 1]
+    samples = rng.normal(size=(4000, 5))
+    assert (two_sided_p(samples, resamples=400) >= 0.05).all(), "five can never be clear at 5 %"
+
+
+def test_how_often_an_interval_of_few_examples_holds_the_mean(rng):
+    for n in (4, 8, 19):
+        low, high = interval_of_mean(rng.normal(size=(1500, n)), resamples=400)
+        assert coverage(n) == pytest.approx(np.mean((low < 0) & (high > 0)), abs=0.03)
+    assert caution(1) == caution(20) == []
+    [said] = caution(4, "texts")
+    assert said.startswith("4 texts are few: a 95 % interval over so many holds about 81%")
+    assert "below 0.12" in said
 
 
 def test_the_adjustment_for_many_tests_is_benjamini_hochbergs():

@@ -7,6 +7,7 @@ import numpy as np
 
 from finetune_lens import stats
 from finetune_lens.results import Result
+from finetune_lens.results.few import caution
 from finetune_lens.results.patching import _mean, _plain
 
 if TYPE_CHECKING:
@@ -91,4 +92,5 @@ class Attention(Result):
             clear = frame[frame[f"{name}_p_adjusted"] < 0.05]
             up = int((clear[f"{name}_difference"] > 0).sum())
             lines.append(f"{words}: up in {up} heads, down in {len(clear) - up} (clear of 0, false discovery rate 5 %)")
+        lines += caution(self.data.sizes["example"], "prompts")
         return "\n".join([*lines, *map(str, self.provenance.get("notes", []))])

@@ -9,7 +9,7 @@ import numpy as np
 from finetune_lens import stats
 from finetune_lens.results import Result
 from finetune_lens.results.brackets import ends
-from finetune_lens.results.few import caution, smallest_p
+from finetune_lens.results.few import caution
 from finetune_lens.results.outputs import _aligned
 from finetune_lens.results.patching import _mean, _plain
 
@@ -305,7 +305,7 @@ class Bias(Result):
             lines += _aligned(head, [_row(name, part.loc[name]) for name in MEASURES])
             lines += [f"{side}: {self._verdict(hint, side, part)}" for side in SIDES]
             lines += self._accounts(hint, counts)
-            lines += [f"  {line}" for line in caution(int(part["questions"].iloc[0]))]
+            lines += [f"  {line}" for line in caution(int(part["questions"].iloc[0]), "questions")]
         notes = [str(note) for note in self.provenance.get("notes", [])]
         return "\n".join([*lines, *notes])
 
@@ -409,12 +409,12 @@ def _interval(name: str, value: Any, drawn: np.ndarray) -> dict[str, float]:
 
 
 def _p(value: float, drawn: np.ndarray, questions: int) -> float:
-    """Of "it is 0", as `few.two_sided_p`, from resamples."""
+    """Of "it is 0", as `stats.two_sided_p`, from resamples."""
     drawn = drawn[~np.isnan(drawn)]
     if not len(drawn) or not np.isfinite(value):
         return float("nan")
     p = 2 * (1 + min((drawn <= 0).sum(), (drawn >= 0).sum())) / (1 + len(drawn))
-    return float(np.clip(p, smallest_p(questions), 1))
+    return float(np.clip(p, stats.smallest_p(questions), 1))
 
 
 def _number(value: float, form: str = ".3g") -> str:

@@ -8,6 +8,7 @@ import numpy as np
 from finetune_lens import stats
 from finetune_lens.errors import InputError
 from finetune_lens.results import Result
+from finetune_lens.results.few import caution
 from finetune_lens.results.patching import _mean, _plain
 
 if TYPE_CHECKING:
@@ -232,6 +233,7 @@ class CircuitEvaluation(Result):
             for row in self.difference().to_dict("records"):
                 said = _said(row, "difference", ends=("low", "high"), sign="+")
                 lines.append(f"{row['circuit']}: faithfulness tuned − base {said}")
+        lines += caution(self.data.sizes["example"])
         lines += [str(note) for note in self.provenance.get("notes", [])]
         return "\n".join(lines)
 

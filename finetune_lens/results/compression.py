@@ -11,6 +11,7 @@ from finetune_lens.errors import InputError
 from finetune_lens.results import Result
 from finetune_lens.results.brackets import ends
 from finetune_lens.results.curves import Curve
+from finetune_lens.results.few import caution
 from finetune_lens.results.outputs import _aligned
 from finetune_lens.results.patching import _plain
 
@@ -244,6 +245,7 @@ class Compression(Result):
             if listed:
                 few = ", ".join(listed[:3]) + (" …" if len(listed) > 3 else "")
                 lines.append(f"{len(listed)} {what}, and are not part of τ: {few}")
+        lines += caution(report)
         lines += [str(note) for note in self.provenance.get("notes", [])]
         return "\n".join(lines)
 

@@ -10,7 +10,7 @@ from finetune_lens.errors import InputError
 from finetune_lens.results import Result
 from finetune_lens.results.areas import area, settled
 from finetune_lens.results.brackets import ends
-from finetune_lens.results.few import caution, two_sided_p
+from finetune_lens.results.few import caution
 from finetune_lens.results.outputs import _aligned
 from finetune_lens.results.patching import _mean, _plain
 
@@ -165,7 +165,7 @@ class Faithfulness(Result):
             rows.append(row)
             differences.append(difference)
         frame = pd.DataFrame(rows)
-        frame["p"] = np.where(frame["measure"] == "aoc", np.nan, two_sided_p(np.stack(differences)))
+        frame["p"] = np.where(frame["measure"] == "aoc", np.nan, stats.two_sided_p(np.stack(differences)))
         frame["adjusted"] = stats.benjamini_hochberg(frame["p"])
         return frame
 
@@ -386,7 +386,7 @@ class Faithfulness(Result):
             "n: questions with a value on both sides; AOC: area over the curve of answers that stay, as a share of the "
             "largest there can be; shows from: the smallest difference that so many show in 80 % of experiments"
         )
-        lines += caution(self.data.sizes["question"])
+        lines += caution(self.data.sizes["question"], "questions")
         for side, (word, why) in self.verdicts().items():
             lines.append(
                 f"{side}: {word} its chain: {why}" if word in ("uses", "ignores") else f"{side}: {word}: {why}"

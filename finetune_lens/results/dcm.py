@@ -8,6 +8,7 @@ import numpy as np
 from finetune_lens import stats
 from finetune_lens.errors import InputError
 from finetune_lens.results import Result
+from finetune_lens.results.few import caution
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -180,6 +181,8 @@ class Masks(Result):
                     f"  {row['desideratum']}: {row['accuracy']:.2f} [{row['low']:.2f}, {row['high']:.2f}] with "
                     f"{row['heads']} ({row['patched'] or 'no head'}); {beside}"
                 )
+        tested = min(int((self.data["id"].sel(desideratum=one) != "").sum()) for one in self.desiderata)
+        lines += caution(tested, "test prompts")
         return "\n".join(lines)
 
 

@@ -8,6 +8,7 @@ import numpy as np
 from finetune_lens import stats
 from finetune_lens.errors import InputError
 from finetune_lens.results import Result
+from finetune_lens.results.few import caution
 from finetune_lens.results.patching import _mean, _plain
 
 if TYPE_CHECKING:
@@ -165,6 +166,7 @@ class Directions(Result):
             lines += [_line(one) for one in self.effects().to_dict("records") if one["class"] == "all"]
         else:
             lines.append("no effects of interventions: no held-out prompt has an answer")
+        lines += caution(int(held.sum()), "held-out prompts")
         return "\n".join([*lines, *map(str, self.provenance.get("notes", []))])
 
 

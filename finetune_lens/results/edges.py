@@ -9,6 +9,7 @@ import numpy as np
 from finetune_lens import stats
 from finetune_lens.errors import InputError
 from finetune_lens.results import Result
+from finetune_lens.results.few import caution
 from finetune_lens.results.patching import NOTHING, _mean, _plain
 
 if TYPE_CHECKING:
@@ -235,4 +236,5 @@ class Edges(Result):
             tested = min(len(frame), INTERVALS)
             clear = int((frame["p_adjusted"] < FDR).sum())
             lines.append(f"{clear} of the {tested} largest are clear of 0 (false discovery rate {FDR:g})")
+        lines += caution(examples)
         return "\n".join([*lines, *map(str, self.provenance.get("notes", []))])

@@ -10,6 +10,7 @@ from finetune_lens.errors import InputError
 from finetune_lens.results import Result
 from finetune_lens.results.brackets import ends
 from finetune_lens.results.curves import Curve
+from finetune_lens.results.few import caution
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -374,6 +375,7 @@ class Grafting(Result):
                 f"concentration of Δ, (Σ|Δ|)²/(N·ΣΔ²): {self.concentration:.2g}; from {EVEN:g} on, localisation in few "
                 "entries would not be expected"
             )
+        lines += caution(int(np.isfinite(self.values(self.metric, file=file, method="base")).sum()))
         lines += [str(note) for note in self.provenance.get("notes", [])]
         return "\n".join(lines)
 

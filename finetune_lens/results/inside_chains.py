@@ -9,7 +9,7 @@ from finetune_lens import stats
 from finetune_lens.errors import InputError
 from finetune_lens.results import Result
 from finetune_lens.results.brackets import ends
-from finetune_lens.results.few import caution, two_sided_p
+from finetune_lens.results.few import caution
 from finetune_lens.results.outputs import _aligned
 from finetune_lens.results.patching import _mean, _plain
 
@@ -192,7 +192,7 @@ class InsideChains(Result):
         both = (self._array(name, *HEAD)[SIDES.index(side)] for name in ("kurtosis", "null_kurtosis"))
         mine, null = (x.reshape(len(x), -1).T for x in both)
         low, high = stats.interval_of_mean(mine - null)
-        adjusted = stats.benjamini_hochberg(two_sided_p(mine - null))
+        adjusted = stats.benjamini_hochberg(stats.two_sided_p(mine - null))
         frame = frame.assign(over_null=_mean(mine - null), over_low=low, over_high=high, over_adjusted=adjusted)
         frame["receives"] = (frame["over_null"] > 0) & (frame["over_adjusted"] < LEVEL)
         return frame.sort_values(side, ascending=False, kind="stable").head(n).reset_index(drop=True)
@@ -296,7 +296,7 @@ class InsideChains(Result):
                 "at random:"
             ]
             lines += _aligned(head, table)
-            lines += caution(len(self.questions))
+            lines += caution(len(self.questions), "questions")
         long = self._frame.loc[self._frame["quantity"] == "kurtosis", "questions"].max()
         if "heads" in self.parts and not long > 1:
             lines.append(
@@ -353,7 +353,7 @@ def _compared(name: str, places: list[str], values: np.ndarray, null: np.ndarray
         columns |= {stem: _mean(one), f"{stem}_low": low, f"{stem}_high": high}
     columns["difference"] = _mean(tuned - base)
     columns["low"], columns["high"] = stats.interval_of_mean(tuned - base)
-    columns["p"] = two_sided_p(tuned - base)
+    columns["p"] = stats.two_sided_p(tuned - base)
     columns["adjusted"] = stats.benjamini_hochberg(columns["p"])
     for side, one in zip(SIDES, np.full_like(values, np.nan) if null is None else null, strict=True):
         low, high = stats.interval_of_mean(one)

@@ -11,6 +11,7 @@ from finetune_lens.errors import InputError
 from finetune_lens.results import Result
 from finetune_lens.results.brackets import ends
 from finetune_lens.results.curves import Curve
+from finetune_lens.results.few import caution
 from finetune_lens.results.outputs import _aligned
 from finetune_lens.results.patching import _plain
 
@@ -361,6 +362,7 @@ class Interpolation(Result):
             lines += self._about_groups()
         for text in (self._about_splits, self._about_resets, self._about_sharpness):
             lines += text()
+        lines += caution(min(int(self.data["examples"].sel(file=file)) for file in self.files))
         return "\n".join([*lines, *map(str, self.provenance.get("notes", []))])
 
     def _about_path(self) -> list[str]:

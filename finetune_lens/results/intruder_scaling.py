@@ -10,6 +10,7 @@ from finetune_lens.errors import InputError
 from finetune_lens.results import Result
 from finetune_lens.results.brackets import ends
 from finetune_lens.results.curves import Curve
+from finetune_lens.results.few import caution
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -155,7 +156,8 @@ class IntruderScaling(Result):
         attrs, count = self.data.attrs, self.data.sizes["matrix"]
         vectors = f"among the top {attrs['k']} {attrs['side']} singular vectors of {count} matrices"
         scaled, control = self.scaled(), self.scaled("neighbour")
-        notes = [str(note) for note in self.provenance.get("notes", [])]
+        notes = caution(min(int((self.data["file"].values == file).sum()) for file in self.files))
+        notes += [str(note) for note in self.provenance.get("notes", [])]
         if scaled.empty:
             why = f"no vector {vectors} is certainly an intruder (ε = {attrs['epsilon']:g})"
             return "\n".join([f"Nothing to scale: {why}.", *(self._models(file) for file in self.files), *notes])

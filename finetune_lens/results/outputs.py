@@ -8,6 +8,7 @@ import numpy as np
 from finetune_lens import stats
 from finetune_lens.errors import InputError
 from finetune_lens.results import Result
+from finetune_lens.results.few import caution
 from finetune_lens.results.patching import _mean, _plain
 
 if TYPE_CHECKING:
@@ -179,6 +180,7 @@ class Outputs(Result):
             kl = _mean(self.data["lens_kl"].transpose("depth", "example").values)
             shown = ", ".join(f"{v:.2g}" for v in kl)
             lines.append(f"logit lens, KL(base ‖ tuned) after 0, 1, … blocks: {shown}")
+        lines += caution(self.data.sizes["example"], "texts")
         lines += [str(note) for note in self.provenance.get("notes", [])]
         return "\n".join(lines)
 

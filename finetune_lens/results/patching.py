@@ -8,6 +8,7 @@ import numpy as np
 from finetune_lens import stats
 from finetune_lens.errors import InputError
 from finetune_lens.results import Result
+from finetune_lens.results.few import caution
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -199,6 +200,7 @@ class Patching(Result):
         lines = [f"{site} patched{how}{windows}, {grid}, {examples} examples; metric {self.metric}"]
         for row in self.gap().to_dict("records"):
             lines += self._lines(row)
+        lines += caution(examples)
         lines += [str(note) for note in self.provenance.get("notes", [])]
         return "\n".join(lines)
 

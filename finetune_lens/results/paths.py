@@ -9,6 +9,7 @@ import numpy as np
 from finetune_lens import stats
 from finetune_lens.errors import InputError
 from finetune_lens.results import Result
+from finetune_lens.results.few import caution
 from finetune_lens.results.patching import METRICS, _mean, _plain
 
 if TYPE_CHECKING:
@@ -182,5 +183,6 @@ class Paths(Result):
         if found:
             sizes = ", ".join(f"{len(group['heads'])} {name}" for name, group in found["groups"].items())
             lines.append(f"circuit: {sizes}")
+        lines += caution(self.data.sizes["example"])
         lines += [str(note) for note in self.provenance.get("notes", [])]
         return "\n".join(lines)

@@ -10,6 +10,7 @@ from finetune_lens import stats
 from finetune_lens.errors import InputError
 from finetune_lens.results import Result
 from finetune_lens.results.brackets import ends
+from finetune_lens.results.few import caution
 from finetune_lens.results.outputs import _aligned
 from finetune_lens.results.patching import _mean, _plain
 
@@ -193,6 +194,7 @@ class Pruning(Result):
         ]
         lines += _aligned(head, table)
         lines.append(self._verdict())
+        lines += caution(examples, "held-out prompts")
         return "\n".join([*lines, *(str(note) for note in self.provenance.get("notes", []))])
 
     def _verdict(self) -> str:

@@ -11,6 +11,7 @@ from finetune_lens import stats
 from finetune_lens.errors import InputError
 from finetune_lens.results import Result
 from finetune_lens.results.curves import Curve
+from finetune_lens.results.few import caution
 from finetune_lens.results.outputs import _aligned
 from finetune_lens.results.patching import _plain
 
@@ -239,6 +240,7 @@ class Recovery(Result):
             )
         if self._table["unit"].nunique() > 1:
             lines.append("shares of different units are not the same amount of anything: compare curves of one unit")
+        lines += caution(int(self._table["examples"].min()))
         return "\n".join([*lines, *self._notes])
 
 
