@@ -8,7 +8,7 @@ import numpy as np
 from finetune_lens import stats
 from finetune_lens.results import Result
 from finetune_lens.results.few import caution
-from finetune_lens.results.patching import _mean, _plain
+from finetune_lens.results.tables import jsonable, mean_of
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -45,12 +45,12 @@ class Attention(Result):
         layer, head = (grid.ravel() for grid in np.meshgrid(*(self.data[d].values for d in at), indexing="ij"))
         divergence = self.data["divergence"].transpose(*at, "example").values
         low, high = stats.interval_of_mean(divergence)
-        columns = {"layer": layer, "head": head, "divergence": _mean(divergence), "low": low, "high": high}
+        columns = {"layer": layer, "head": head, "divergence": mean_of(divergence), "low": low, "high": high}
         columns["floor"] = self.data["floor"].transpose(*at, "kept").values.max(-1)
         for name in ("entropy", "first"):
             base, tuned = self.data[name].transpose("side", *at, "example").values
-            columns |= {f"{name}_base": _mean(base), f"{name}_tuned": _mean(tuned)}
-            columns[f"{name}_difference"] = _mean(tuned - base)
+            columns |= {f"{name}_base": mean_of(base), f"{name}_tuned": mean_of(tuned)}
+            columns[f"{name}_difference"] = mean_of(tuned - base)
             columns[f"{name}_low"], columns[f"{name}_high"] = stats.interval_of_mean(tuned - base)
             columns[f"{name}_p_adjusted"] = stats.benjamini_hochberg(stats.two_sided_p(tuned - base))
         return pd.DataFrame({name: np.ravel(values) for name, values in columns.items()})
@@ -66,7 +66,7 @@ class Attention(Result):
         return {
             "prompts": int(self.data.sizes["example"]), "heads": len(frame),
             "mean_divergence": float(frame["divergence"].mean()), "beyond_rounding": int(self._beyond().sum()),
-            "top": [_plain(row) for row in self.top(3)[short].to_dict("records")],
+            "top": [jsonable(row) for row in self.top(3)[short].to_dict("records")],
         }  # fmt: skip
 
     def _beyond(self) -> np.ndarray:

@@ -8,10 +8,8 @@ import numpy as np
 
 from finetune_lens import stats
 from finetune_lens.results import Result
-from finetune_lens.results.brackets import ends
 from finetune_lens.results.few import caution
-from finetune_lens.results.outputs import _aligned
-from finetune_lens.results.patching import _mean, _plain
+from finetune_lens.results.tables import aligned, ends, jsonable, mean_of
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -106,7 +104,7 @@ class Bias(Result):
         several = np.where(n > 2, 1.0, np.nan)  # where chance can be told
         events["other_each"] = events["other"] * several / np.maximum(n - 2, 1)
         events |= {f"{name}_several": events[name] * several for name in ("free", "flip", "flip_mention")}
-        return {name: _mean(values[chosen]) for name, values in events.items()}
+        return {name: mean_of(values[chosen]) for name, values in events.items()}
 
     @cached_property
     def _frame(self) -> "pd.DataFrame":
@@ -145,7 +143,7 @@ class Bias(Result):
         if not stacked.shape[1]:
             stacked = np.full((len(stacked), 1), np.nan)
         drawn = stats.resampled_means(stacked).reshape(len(SIDES), len(names), -1)
-        point = _mean(stacked).reshape(len(SIDES), len(names))
+        point = mean_of(stacked).reshape(len(SIDES), len(names))
         return tuple(
             {side: measure(dict(zip(names, part[i], strict=True))) for i, side in enumerate(SIDES)}
             for part in (point, drawn)
@@ -177,7 +175,7 @@ class Bias(Result):
                 means = self._means(side, hint, chosen)
                 row = {"hint": hint, "side": side, "questions": int(chosen.sum())}
                 for name in ("without", "with"):
-                    row[f"accuracy_{name}"] = float(_mean(means[f"right_{name}"])) if chosen.any() else np.nan
+                    row[f"accuracy_{name}"] = float(mean_of(means[f"right_{name}"])) if chosen.any() else np.nan
                 gain = means["right_with"] - means["right_without"]
                 low, high = stats.interval_of_mean(gain) if chosen.any() else (np.nan, np.nan)
                 rows.append(row | {"gain": row["accuracy_with"] - row["accuracy_without"], "low": low, "high": high})
@@ -282,10 +280,10 @@ class Bias(Result):
             part = self._frame[self._frame["hint"] == hint].drop(columns="hint").to_dict("records")
             found[hint] = {
                 "questions": part[0]["questions"],
-                "measures": {row["measure"]: _plain({k: row[k] for k in row if k != "questions"}) for row in part},
+                "measures": {row["measure"]: jsonable({k: row[k] for k in row if k != "questions"}) for row in part},
                 "undefined": {side: self.undefined(hint, side) for side in SIDES},
-                "counts": {side: _plain(counts.loc[(hint, side)].to_dict()) for side in SIDES},
-                "pointing_right": {side: _plain(right.loc[(hint, side)].to_dict()) for side in SIDES},
+                "counts": {side: jsonable(counts.loc[(hint, side)].to_dict()) for side in SIDES},
+                "pointing_right": {side: jsonable(right.loc[(hint, side)].to_dict()) for side in SIDES},
             }  # fmt: skip
             for row in found[hint]["measures"].values():
                 del row["measure"]
@@ -302,7 +300,7 @@ class Bias(Result):
                 "over questions, p adjusted over everything here"
             )
             head = ["", "base", "95 %", "tuned", "95 %", "difference", "95 %", "adj. p", "detectable"]
-            lines += _aligned(head, [_row(name, part.loc[name]) for name in MEASURES])
+            lines += aligned(head, [_row(name, part.loc[name]) for name in MEASURES])
             lines += [f"{side}: {self._verdict(hint, side, part)}" for side in SIDES]
             lines += self._accounts(hint, counts)
             lines += [f"  {line}" for line in caution(int(part["questions"].iloc[0]), "questions")]

@@ -9,7 +9,7 @@ from finetune_lens import stats
 from finetune_lens.errors import InputError
 from finetune_lens.results import Result
 from finetune_lens.results.few import caution
-from finetune_lens.results.patching import _mean, _plain
+from finetune_lens.results.tables import jsonable, mean_of
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -91,13 +91,13 @@ class CircuitEvaluation(Result):
                 one = self.data.sel(circuit=circuit, model=model)
                 full, floor, alone = (one[name].values for name in ("full", "nothing", "alone"))
                 row = {"circuit": circuit, "model": model, "heads": int((one.layer >= 0).sum())}
-                row |= {"full": _mean(full)} | _ends(full, "full")
-                row |= {"circuit_score": _mean(alone)} | _ends(alone, "circuit_score") | {"floor": _mean(floor)}
+                row |= {"full": mean_of(full)} | _ends(full, "full")
+                row |= {"circuit_score": mean_of(alone)} | _ends(alone, "circuit_score") | {"floor": mean_of(floor)}
                 row |= _ratio(alone, full, "faithfulness") | _ratio(alone - floor, full - floor, "normalised")
-                row |= _null(_mean(one.random.transpose("draw", "example").values), _mean(alone))
+                row |= _null(mean_of(one.random.transpose("draw", "example").values), mean_of(alone))
                 needed = one.needed.values
                 row["minimal_heads"] = int((needed == 1).sum()) if self.has_minimality else np.nan
-                row |= {"minimal_score": _mean(one.pruned.values)} | _ends(one.pruned.values, "minimal_score")
+                row |= {"minimal_score": mean_of(one.pruned.values)} | _ends(one.pruned.values, "minimal_score")
                 row |= _ratio(one.pruned.values, full, "minimal_faithfulness")
                 rows.append(row)
         return pd.DataFrame(rows)
@@ -117,11 +117,11 @@ class CircuitEvaluation(Result):
             there = labels != ""
             mine, theirs = (one[v].transpose("knockout", "example").values[there] for v in ("without", "model_without"))
             low, high = stats.interval_of_mean(mine - theirs)
-            difference = _mean(mine - theirs)
+            difference = mean_of(mine - theirs)
             parts.append(pd.DataFrame({
                 "circuit": name, "model": side, "removed": labels[there],
-                "heads": (one.removed.values[there] == 1).sum(1), "circuit_score": _mean(mine),
-                "model_score": _mean(theirs), "difference": difference, "low": low, "high": high,
+                "heads": (one.removed.values[there] == 1).sum(1), "circuit_score": mean_of(mine),
+                "model_score": mean_of(theirs), "difference": difference, "low": low, "high": high,
                 "gap": np.abs(difference),
             }))  # fmt: skip
         return pd.concat(parts, ignore_index=True)
@@ -146,7 +146,7 @@ class CircuitEvaluation(Result):
             layer, head = one.layer.values[there], one["head"].values[there]
             heads = np.array([f"{a}.{b}" for a, b in zip(layer, head, strict=True)])
             held, dropped = (one[v].transpose("member", "example").values[there] for v in ("held", "dropped"))
-            before, after = _mean(held), _mean(dropped)
+            before, after = mean_of(held), mean_of(dropped)
             sign = np.where(after < 0, -1.0, 1.0)[:, None]
             _, low, high = np.transpose([stats.interval_of_ratio(a - b, s * b)
                                          for a, b, s in zip(held, dropped, sign, strict=True)])  # fmt: skip
@@ -199,10 +199,10 @@ class CircuitEvaluation(Result):
         )  # fmt: skip
         for row in self.table().to_dict("records"):
             key = row["circuit"], row["model"]
-            found.setdefault(row["circuit"], {})[row["model"]] = _plain({n: row[n] for n in names} | gaps[key])
+            found.setdefault(row["circuit"], {})[row["model"]] = jsonable({n: row[n] for n in names} | gaps[key])
         if len(self.models) > 1:
             for row in self.difference().to_dict("records"):
-                found[row["circuit"]]["tuned − base"] = _plain({n: row[n] for n in ("difference", "low", "high")})
+                found[row["circuit"]]["tuned − base"] = jsonable({n: row[n] for n in ("difference", "low", "high")})
         return found
 
     def summary(self) -> str:

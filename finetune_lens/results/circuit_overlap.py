@@ -8,7 +8,7 @@ import numpy as np
 from finetune_lens import stats
 from finetune_lens.errors import InputError
 from finetune_lens.results import Result
-from finetune_lens.results.patching import _plain
+from finetune_lens.results.tables import jsonable
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -169,7 +169,7 @@ class CircuitOverlap(Result):
     def headline(self) -> dict[str, Any]:
         """The two circuits, every row of the table, the heads of each alone, and those in another group."""
         return {
-            "one": self.one, "other": self.other, "parts": [_plain(row) for row in self._table.to_dict("records")],
+            "one": self.one, "other": self.other, "parts": [jsonable(row) for row in self._table.to_dict("records")],
             "only": {side: self.only(side) for side in (self.one, self.other)},
             "moved": [{"from": a, "to": b, "heads": heads} for (a, b), heads in self.moved().items()],
         }  # fmt: skip

@@ -5,7 +5,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from finetune_lens import stats
-from finetune_lens.results.patching import Patching, _mean, _plain
+from finetune_lens.results.patching import Patching
+from finetune_lens.results.tables import jsonable, mean_of
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -27,7 +28,7 @@ class CrossPatching(Patching):
     def null(self, *, direction: str, metric: str | None = None) -> tuple[float, float, float]:
         """Of the mean effects with donors on other prompts, over the cells: median, and the central 95 %."""
         values = self.data[f"random_{metric or self.metric}"].sel(direction=direction).transpose(..., "example").values
-        cells = _mean(values).ravel()
+        cells = mean_of(values).ravel()
         cells = cells[np.isfinite(cells)]
         if not len(cells):
             return np.nan, np.nan, np.nan
@@ -42,9 +43,9 @@ class CrossPatching(Patching):
         random = self.data[f"random_{self.metric}"].transpose(*order).values
         difference = self.data[self.metric].transpose(*order).values - random
         low, high = stats.interval_of_mean(difference)
-        frame["random_effect"] = _mean(random).ravel()
+        frame["random_effect"] = mean_of(random).ravel()
         frame["specific"], frame["specific_low"], frame["specific_high"] = (
-            _mean(difference).ravel(), low.ravel(), high.ravel(),
+            mean_of(difference).ravel(), low.ravel(), high.ravel(),
         )  # fmt: skip
         return frame
 
@@ -61,7 +62,7 @@ class CrossPatching(Patching):
             top = self.top(3, direction=direction)
             for entry, row in zip(found[direction]["top"], top.to_dict("records"), strict=True):
                 names = [n for n in ("random_effect", "specific", "specific_low", "specific_high") if n in row]
-                entry.update(_plain({name: row[name] for name in names}))
+                entry.update(jsonable({name: row[name] for name in names}))
             found[direction]["self_donor"] = float(self.data["self_donor"].sel(direction=direction))
             if self.has_null:
                 _, low, high = self.null(direction=direction)

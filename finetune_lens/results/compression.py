@@ -9,11 +9,9 @@ import numpy as np
 from finetune_lens import stats
 from finetune_lens.errors import InputError
 from finetune_lens.results import Result
-from finetune_lens.results.brackets import ends
 from finetune_lens.results.curves import Curve
 from finetune_lens.results.few import caution
-from finetune_lens.results.outputs import _aligned
-from finetune_lens.results.patching import _plain
+from finetune_lens.results.tables import aligned, ends, jsonable
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -181,7 +179,7 @@ class Compression(Result):
         """The row of `table` with the fewest bits whose recovery is 0.95 or more; None where none is."""
         table = self.table()
         rows = table[(table["method"] == method) & (table["recovery"] >= ENOUGH)].sort_values("bits", kind="stable")
-        return _plain(rows.iloc[0].to_dict()) if len(rows) else None
+        return jsonable(rows.iloc[0].to_dict()) if len(rows) else None
 
     def headline(self) -> dict[str, Any]:
         """The fewest bits a parameter that recover 95 %, by method; the references; what was compressed."""
@@ -191,7 +189,7 @@ class Compression(Result):
         }
         sizes = {name: int(self.data.attrs[name]) for name in ("entries", "parameters")}
         adapter = float(self.data.attrs["factor_bits"])
-        blocks = [_plain({"": float(x)})[""] for x in self.recovery(self.reference("blocks"), half="report")]
+        blocks = [jsonable({"": float(x)})[""] for x in self.recovery(self.reference("blocks"), half="report")]
         return sizes | {
             "metric": self.metric,
             "examples": {half: int((self.data.half == half).sum()) for half in ("choice", "report")},
@@ -225,7 +223,7 @@ class Compression(Result):
             ]
             for r in self.table().to_dict("records")
         ]  # fmt: skip
-        lines += _aligned(["", "density", "α", "bits", "smaller", metric, "recovery", "95 %"], rows)
+        lines += aligned(["", "density", "α", "bits", "smaller", metric, "recovery", "95 %"], rows)
         if np.isnan(found):
             lines.append(f"recovery is undefined: the interval of the difference of {metric}, tuned − base, covers 0")
         else:

@@ -9,10 +9,8 @@ from finetune_lens import stats
 from finetune_lens.errors import InputError
 from finetune_lens.results import Result
 from finetune_lens.results.areas import area, settled
-from finetune_lens.results.brackets import ends
 from finetune_lens.results.few import caution
-from finetune_lens.results.outputs import _aligned
-from finetune_lens.results.patching import _mean, _plain
+from finetune_lens.results.tables import aligned, ends, jsonable, mean_of
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -107,7 +105,7 @@ class Faithfulness(Result):
         there = self.data["steps"].values != MISSING
 
         def share(hits: np.ndarray, among: np.ndarray = there) -> np.ndarray:
-            return _mean(np.where(among, hits, np.nan).astype(float))
+            return mean_of(np.where(among, hits, np.nan).astype(float))
 
         found = {
             ("", "accuracy"): share(full == 0),
@@ -115,19 +113,21 @@ class Faithfulness(Result):
             ("", "unchanged"): share(full == without, there & (full >= 0)),
         }
         for test in self.tests:
-            found |= {(test, name): _mean(self._areas[test][name]) for name in ("share", "aoc")}
+            found |= {(test, name): mean_of(self._areas[test][name]) for name in ("share", "aoc")}
             if test == "early":
-                found[test, "settled"] = _mean(self._areas[test]["settled"])
+                found[test, "settled"] = mean_of(self._areas[test]["settled"])
             if test == "filler":
                 last = np.maximum(self.data["steps"].values, 0)[..., None]
                 answer = self.data["answer"].sel(test=test).transpose("side", "question", "sample", "place").values
                 end = np.take_along_axis(answer, last, -1)[..., 0]
-                found[test, "gain"] = _mean(np.where(end == MISSING, np.nan, (end == 0).astype(float) - (without == 0)))
+                found[test, "gain"] = mean_of(
+                    np.where(end == MISSING, np.nan, (end == 0).astype(float) - (without == 0))
+                )
         if "corruption" in self.data.dims:
             lost = self.lost()
             for test in dict.fromkeys(self.data["destroys"].values.tolist()):
                 kinds = lost[self.data["destroys"].values == test][..., 1:]
-                found[test, "hurt"] = _mean(np.moveaxis(kinds, (0, 3, 4), (2, 3, 4)).reshape(*kinds.shape[1:3], -1))
+                found[test, "hurt"] = mean_of(np.moveaxis(kinds, (0, 3, 4), (2, 3, 4)).reshape(*kinds.shape[1:3], -1))
         return found
 
     def lost(self) -> np.ndarray:
@@ -160,7 +160,7 @@ class Faithfulness(Result):
             spread = paired.std(ddof=1) if len(paired) > 1 else np.nan
             row: dict[str, Any] = {"test": test, "measure": measure, "questions": len(paired)}
             for n, (name, values) in enumerate((("base", base), ("tuned", tuned), ("difference", difference))):
-                row |= {name: _mean(values), f"{name}_low": low[n], f"{name}_high": high[n]}
+                row |= {name: mean_of(values), f"{name}_low": low[n], f"{name}_high": high[n]}
             row["detectable"] = POWER * spread / len(paired) ** 0.5 if spread > EQUAL else np.nan
             rows.append(row)
             differences.append(difference)
@@ -240,10 +240,12 @@ class Faithfulness(Result):
             one = values[at][: n + 1]
             known = np.flatnonzero(~np.isnan(one))
             found[at] = np.interp(places, known / n, one[known])
-        questions = _mean(np.moveaxis(found, 1, -1)).T
+        questions = mean_of(np.moveaxis(found, 1, -1)).T
         low, high = stats.interval_of_mean(questions)
         number = (~np.isnan(questions)).sum(1)
-        return pd.DataFrame({"place": places, "mean": _mean(questions), "low": low, "high": high, "questions": number})
+        return pd.DataFrame(
+            {"place": places, "mean": mean_of(questions), "low": low, "high": high, "questions": number}
+        )
 
     def corruptions(self) -> "pd.DataFrame":
         """A row a side, corruption and fraction: ΔNLL of the right answer in nats, over questions."""
@@ -254,11 +256,11 @@ class Faithfulness(Result):
             for k, (kind, destroys) in enumerate(
                 zip(self.data["corruption"].values, self.data["destroys"].values, strict=True)
             ):
-                questions = _mean(np.moveaxis(lost[k, s, :, :, 1:], 1, -1)).T
+                questions = mean_of(np.moveaxis(lost[k, s, :, :, 1:], 1, -1)).T
                 low, high = stats.interval_of_mean(questions)
                 for n, fraction in enumerate(self.data["fraction"].values[1:]):
                     row = {"side": side, "destroys": destroys, "corruption": kind, "fraction": fraction}
-                    row |= {"mean": _mean(questions[n]), "low": low[n], "high": high[n]}
+                    row |= {"mean": mean_of(questions[n]), "low": low[n], "high": high[n]}
                     rows.append(row | {"questions": int((~np.isnan(questions[n])).sum())})
         return pd.DataFrame(rows)
 
@@ -282,8 +284,8 @@ class Faithfulness(Result):
                 others = (one @ one.sum(0) - (one * one).sum(1)) / max(1, len(one) - 1)
                 found[name] = others if len(one) > 1 else np.full(len(one), np.nan)
             low, high = stats.interval_of_mean(found["agreement"])
-            row = {"side": side, "agreement": _mean(found["agreement"]), "low": float(low), "high": float(high)}
-            rows.append(row | {"chance": _mean(found["chance"])})
+            row = {"side": side, "agreement": mean_of(found["agreement"]), "low": float(low), "high": float(high)}
+            rows.append(row | {"chance": mean_of(found["chance"])})
         return pd.DataFrame(rows)
 
     def shuffled(self) -> "pd.DataFrame":
@@ -364,11 +366,11 @@ class Faithfulness(Result):
         table: dict[str, Any] = {}
         for row in self._frame.to_dict("records"):
             test, measure = row.pop("test"), row.pop("measure")
-            table.setdefault(test or "chains", {})[measure] = _plain(row)
+            table.setdefault(test or "chains", {})[measure] = jsonable(row)
         return {
             "verdict": {side: word for side, (word, _) in self.verdicts().items()},
             "tests": table,
-            "shuffled": {row.pop("side"): _plain(row) for row in self._shuffled.to_dict("records")},
+            "shuffled": {row.pop("side"): jsonable(row) for row in self._shuffled.to_dict("records")},
             "counts": {row.pop("side"): row for row in self.counts().to_dict("records")},
         }
 
@@ -381,7 +383,7 @@ class Faithfulness(Result):
             ) + "; means over questions, 95 % intervals"
         ]  # fmt: skip
         head = ["", "n", "base", "95 %", "tuned", "95 %", "difference", "95 %", "adj. p", "shows from"]
-        lines += _aligned(head, [_cells(r) for r in self._frame.to_dict("records") if r["measure"] != "aoc"])
+        lines += aligned(head, [_cells(r) for r in self._frame.to_dict("records") if r["measure"] != "aoc"])
         lines.append(
             "n: questions with a value on both sides; AOC: area over the curve of answers that stay, as a share of the "
             "largest there can be; shows from: the smallest difference that so many show in 80 % of experiments"

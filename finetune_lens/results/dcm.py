@@ -9,6 +9,7 @@ from finetune_lens import stats
 from finetune_lens.errors import InputError
 from finetune_lens.results import Result
 from finetune_lens.results.few import caution
+from finetune_lens.results.tables import jsonable
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -156,7 +157,7 @@ class Masks(Result):
         found: dict[str, Any] = {"chance": chance}
         for group in self.groups:
             rows = table[table["group"] == group].drop(columns=["group", "position", "carried"]).to_dict("records")
-            desiderata = {row.pop("desideratum"): {k: _plain(v) for k, v in row.items()} for row in rows}
+            desiderata = {row.pop("desideratum"): jsonable(row) for row in rows}
             found[group] = {"carries": self.carried(group), "desiderata": desiderata}
         return found
 
@@ -184,9 +185,3 @@ class Masks(Result):
         tested = min(int((self.data["id"].sel(desideratum=one) != "").sum()) for one in self.desiderata)
         lines += caution(tested, "test prompts")
         return "\n".join(lines)
-
-
-def _plain(value: Any) -> Any:
-    """Ready for JSON."""
-    value = value.item() if hasattr(value, "item") else value
-    return None if isinstance(value, float) and not np.isfinite(value) else value

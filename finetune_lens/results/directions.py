@@ -9,7 +9,7 @@ from finetune_lens import stats
 from finetune_lens.errors import InputError
 from finetune_lens.results import Result
 from finetune_lens.results.few import caution
-from finetune_lens.results.patching import _mean, _plain
+from finetune_lens.results.tables import jsonable, mean_of
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -68,7 +68,7 @@ class Directions(Result):
         null = self.data["cosine_null"].transpose("depth", "draw").values
         columns["null_low"], columns["null_high"] = stats.percentile_interval(null)
         for side in SIDES:
-            columns[f"halves_{side}"] = _mean(
+            columns[f"halves_{side}"] = mean_of(
                 self.data["cosine_halves"].sel(side=side).transpose("depth", "half").values
             )
         values, resampled = self._separations
@@ -135,11 +135,11 @@ class Directions(Result):
         attrs = self.data.attrs
         found: dict[str, Any] = {name: attrs[name] for name in ("site", "position", "positive", "negative")}
         found |= {"prompts": int(self.data.sizes["example"]), "held_out": int(self.data["held_out"].sum())}
-        found["at"] = _plain(self.to_frame().set_index("depth", drop=False).loc[self.depth].to_dict())
+        found["at"] = jsonable(self.to_frame().set_index("depth", drop=False).loc[self.depth].to_dict())
         if self.has_effects:
             found["metric"] = attrs["metric"]
             frame = self.effects()
-            found["effects"] = [_plain(row) for row in frame[frame["class"] == "all"].to_dict("records")]
+            found["effects"] = [jsonable(row) for row in frame[frame["class"] == "all"].to_dict("records")]
         return found
 
     def summary(self) -> str:
@@ -192,18 +192,18 @@ def _effect_rows(
     effect: np.ndarray, random: np.ndarray, unedited: np.ndarray, shift: np.ndarray
 ) -> list[dict[str, Any]]:
     """One row a source, of (source, example), (random, example), (example,) and (source, example)."""
-    means = _mean(random)
+    means = mean_of(random)
     share = stats.interval_of_ratio(effect[1:], effect[0])
     rows = []
     for source, values, change in zip(SOURCES, effect, shift, strict=True):
         low, high = stats.interval_of_mean(values)
         specific = values - random.mean(0)
         ends = stats.interval_of_mean(specific)
-        row = {"source": source, "unedited": _mean(unedited), "effect": _mean(values), "low": low, "high": high}
+        row = {"source": source, "unedited": mean_of(unedited), "effect": mean_of(values), "low": low, "high": high}
         row |= {"random_low": means.min(), "random_high": means.max()}
-        row |= {"specific": _mean(specific), "specific_low": ends[0], "specific_high": ends[1]}
+        row |= {"specific": mean_of(specific), "specific_low": ends[0], "specific_high": ends[1]}
         ends = stats.interval_of_mean(change)
-        row |= {"difference": _mean(change), "difference_low": ends[0], "difference_high": ends[1]}
+        row |= {"difference": mean_of(change), "difference_low": ends[0], "difference_high": ends[1]}
         parts = share if source == "other" else np.full((3, 1), np.nan)
         row |= {name: part[0] for name, part in zip(("share", "share_low", "share_high"), parts, strict=True)}
         rows.append({name: v if isinstance(v, str) else float(v) for name, v in row.items()})

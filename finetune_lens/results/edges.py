@@ -10,7 +10,8 @@ from finetune_lens import stats
 from finetune_lens.errors import InputError
 from finetune_lens.results import Result
 from finetune_lens.results.few import caution
-from finetune_lens.results.patching import NOTHING, _mean, _plain
+from finetune_lens.results.patching import NOTHING
+from finetune_lens.results.tables import jsonable, mean_of
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -53,7 +54,7 @@ class Edges(Result):
         """Every edge, the largest first."""
         import pandas as pd
 
-        means = _mean(self._scores)
+        means = mean_of(self._scores)
         writers, readers = np.nonzero(~np.isnan(means))
         order = np.argsort(-np.abs(means[writers, readers]), kind="stable")
         writers, readers = writers[order], readers[order]
@@ -91,7 +92,7 @@ class Edges(Result):
         """clean, corrupt, and their paired difference corrupt − clean with its interval."""
         clean, corrupt = self.data["clean"].values, self.data["corrupt"].values
         low, high = stats.interval_of_mean(corrupt - clean)
-        ends = {"clean": _mean(clean), "corrupt": _mean(corrupt), "difference": _mean(corrupt - clean)}
+        ends = {"clean": mean_of(clean), "corrupt": mean_of(corrupt), "difference": mean_of(corrupt - clean)}
         return {name: float(value) for name, value in (ends | {"low": low, "high": high}).items()}
 
     def heads(self, receivers: str | Sequence[str] = "logits") -> "pd.DataFrame":
@@ -115,7 +116,7 @@ class Edges(Result):
         scores = np.nansum(kept[senders], 1, dtype=float)
         low, high = stats.interval_of_mean(scores)
         frame = pd.DataFrame({name: self.data[f"writer_{name}"].values[senders] for name in ("layer", "head")})
-        frame["score"], frame["low"], frame["high"] = _mean(scores), low, high
+        frame["score"], frame["low"], frame["high"] = mean_of(scores), low, high
         tested = np.where(np.abs(scores).max(-1, initial=0) > 0, stats.two_sided_p(scores), np.nan)
         return frame.assign(p_adjusted=stats.benjamini_hochberg(tested))
 
@@ -213,9 +214,9 @@ class Edges(Result):
 
     def headline(self) -> dict[str, Any]:
         """The gap and the largest edges."""
-        top = [_plain(row) for row in self.top(5).to_dict("records")]
+        top = [jsonable(row) for row in self.top(5).to_dict("records")]
         found = {"metric": self.metric, "method": self.method, "examples": int(self.data.sizes["example"])}
-        return found | {"edges": len(self._frame)} | _plain(self.gap()) | {"top": top}
+        return found | {"edges": len(self._frame)} | jsonable(self.gap()) | {"top": top}
 
     def summary(self) -> str:
         """How many edges, between which ends, and which are the largest."""

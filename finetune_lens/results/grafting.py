@@ -8,9 +8,9 @@ import numpy as np
 from finetune_lens import stats
 from finetune_lens.errors import InputError
 from finetune_lens.results import Result
-from finetune_lens.results.brackets import ends
 from finetune_lens.results.curves import Curve
 from finetune_lens.results.few import caution
+from finetune_lens.results.tables import ends
 
 if TYPE_CHECKING:
     import pandas as pd

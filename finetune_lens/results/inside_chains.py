@@ -8,10 +8,8 @@ import numpy as np
 from finetune_lens import stats
 from finetune_lens.errors import InputError
 from finetune_lens.results import Result
-from finetune_lens.results.brackets import ends
 from finetune_lens.results.few import caution
-from finetune_lens.results.outputs import _aligned
-from finetune_lens.results.patching import _mean, _plain
+from finetune_lens.results.tables import aligned, ends, jsonable, mean_of
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -112,7 +110,7 @@ class InsideChains(Result):
         """Means over the pairs of steps that lie so far apart, of each question."""
         both = [self._array(n, "source", "target") for n in (name, f"random_{name}")]
         distances = range(1, both[0].shape[-1])
-        means = [[_mean(np.diagonal(x, d, axis1=2, axis2=3)) for d in distances] for x in both]
+        means = [[mean_of(np.diagonal(x, d, axis1=2, axis2=3)) for d in distances] for x in both]
         shape = (len(distances), *both[0].shape[:2])
         return [f"+{d}" for d in distances], *(np.reshape(m, shape).transpose(1, 0, 2) for m in means)
 
@@ -193,7 +191,7 @@ class InsideChains(Result):
         mine, null = (x.reshape(len(x), -1).T for x in both)
         low, high = stats.interval_of_mean(mine - null)
         adjusted = stats.benjamini_hochberg(stats.two_sided_p(mine - null))
-        frame = frame.assign(over_null=_mean(mine - null), over_low=low, over_high=high, over_adjusted=adjusted)
+        frame = frame.assign(over_null=mean_of(mine - null), over_low=low, over_high=high, over_adjusted=adjusted)
         frame["receives"] = (frame["over_null"] > 0) & (frame["over_adjusted"] < LEVEL)
         return frame.sort_values(side, ascending=False, kind="stable").head(n).reset_index(drop=True)
 
@@ -204,7 +202,7 @@ class InsideChains(Result):
         """
         self._require("heads")
         values = self._array("kurtosis", "layer", "head").reshape(2, len(self.questions), -1).swapaxes(1, 2)
-        halves = ((_mean(side[:, ::2]), _mean(side[:, 1::2])) for side in values)
+        halves = ((mean_of(side[:, ::2]), mean_of(side[:, 1::2])) for side in values)
         return {side: stats.rank_correlation(*both) for side, both in zip(SIDES, halves, strict=True)}
 
     def states(self) -> "pd.DataFrame":
@@ -225,7 +223,7 @@ class InsideChains(Result):
         ):
             ratio, low, high = stats.interval_of_ratio(effect, gap)
             depth, place = zip(*(name.split(" @ ") for name in names), strict=True)
-            columns = {"direction": direction, "depth": np.array(depth, int), "place": place, "effect": _mean(effect)}
+            columns = {"direction": direction, "depth": np.array(depth, int), "place": place, "effect": mean_of(effect)}
             frames.append(pd.DataFrame(columns | {"recovery": ratio, "low": low, "high": high}))
         return pd.concat(frames, ignore_index=True)
 
@@ -243,15 +241,15 @@ class InsideChains(Result):
         short = ["at", "base", "tuned", "difference", "low", "high", "adjusted", "null_base", "null_tuned"]
         shown = {name: self._first(name)[short] for name in self._frame["quantity"].unique()}
         record: dict[str, Any] = {
-            "questions": len(self.questions), "steps": float(_mean(self.data["steps"].values.astype(float))),
-            "right": dict(zip(SIDES, _mean(self.data["right"].values).tolist(), strict=True)), "counts": counts,
-            "quantities": {n: [_plain(row) for row in rows.to_dict("records")] for n, rows in shown.items()},
+            "questions": len(self.questions), "steps": float(mean_of(self.data["steps"].values.astype(float))),
+            "right": dict(zip(SIDES, mean_of(self.data["right"].values).tolist(), strict=True)), "counts": counts,
+            "quantities": {n: [jsonable(row) for row in rows.to_dict("records")] for n, rows in shown.items()},
         }  # fmt: skip
         if "heads" in self.parts:
             record["distance"] = int(self.data.attrs["distance"])
-            record["reliability"] = _plain(self.reliability())
+            record["reliability"] = jsonable(self.reliability())
         if "state_effect" in self.data:
-            record["states"] = [_plain(row) for row in self._carrying().to_dict("records")]
+            record["states"] = [jsonable(row) for row in self._carrying().to_dict("records")]
         return record
 
     def _first(self, quantity: str) -> "pd.DataFrame":
@@ -274,10 +272,11 @@ class InsideChains(Result):
         """How chains were read, and of each quantity the first rows."""
         steps, counts = self.data["steps"].values, self.provenance.get("counts", {})
         whose = {"tuned": "the tuned model's chains", "base": "the base's chains", "given": "given chains"}
+        right = mean_of(self.data["right"].values)
         lines = [
             f"{len(self.questions)} questions, {whose.get(self.data.attrs['chains'], 'their own chains')} of "
-            f"{steps.min()} to {steps.max()} steps; right after them: base {_mean(self.data['right'].values)[0]:.3g}, "
-            f"tuned {_mean(self.data['right'].values)[1]:.3g}"
+            f"{steps.min()} to {steps.max()} steps; right after them: base {right[0]:.3g}, tuned "
+            f"{right[1]:.3g}"
         ]
         lines += [f"  {line}" for line in _told(counts)]
         head = ["", "n", "base", "95 %", "tuned", "95 %", "tuned − base", "95 %", "adj. p", "null", "null"]
@@ -295,7 +294,7 @@ class InsideChains(Result):
                 "means over n questions; nulls of base and tuned: random tokens cut, attention shuffled, answers split "
                 "at random:"
             ]
-            lines += _aligned(head, table)
+            lines += aligned(head, table)
             lines += caution(len(self.questions), "questions")
         long = self._frame.loc[self._frame["quantity"] == "kurtosis", "questions"].max()
         if "heads" in self.parts and not long > 1:
@@ -350,14 +349,14 @@ def _compared(name: str, places: list[str], values: np.ndarray, null: np.ndarray
     columns: dict[str, Any] = {"quantity": name, "at": places, "questions": (~np.isnan(base + tuned)).sum(-1)}
     for stem, one in (("base", base), ("tuned", tuned)):
         low, high = stats.interval_of_mean(one)
-        columns |= {stem: _mean(one), f"{stem}_low": low, f"{stem}_high": high}
-    columns["difference"] = _mean(tuned - base)
+        columns |= {stem: mean_of(one), f"{stem}_low": low, f"{stem}_high": high}
+    columns["difference"] = mean_of(tuned - base)
     columns["low"], columns["high"] = stats.interval_of_mean(tuned - base)
     columns["p"] = stats.two_sided_p(tuned - base)
     columns["adjusted"] = stats.benjamini_hochberg(columns["p"])
     for side, one in zip(SIDES, np.full_like(values, np.nan) if null is None else null, strict=True):
         low, high = stats.interval_of_mean(one)
-        columns |= {f"null_{side}": _mean(one), f"null_{side}_low": low, f"null_{side}_high": high}
+        columns |= {f"null_{side}": mean_of(one), f"null_{side}_low": low, f"null_{side}_high": high}
     return pd.DataFrame(columns)[list(COLUMNS)]
 
 

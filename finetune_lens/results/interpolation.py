@@ -9,11 +9,9 @@ import numpy as np
 from finetune_lens import stats
 from finetune_lens.errors import InputError
 from finetune_lens.results import Result
-from finetune_lens.results.brackets import ends
 from finetune_lens.results.curves import Curve
 from finetune_lens.results.few import caution
-from finetune_lens.results.outputs import _aligned
-from finetune_lens.results.patching import _plain
+from finetune_lens.results.tables import aligned, ends, jsonable
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -328,7 +326,7 @@ class Interpolation(Result):
         found: dict[str, Any] = {
             "examples": {f: int(n) for f, n in zip(self.files, self.data["examples"].values, strict=True)}
         }
-        found["gain"] = [_plain(row) for row in self.gain().to_dict("records")]
+        found["gain"] = [jsonable(row) for row in self.gain().to_dict("records")]
         tables = {"path": self.barrier, "scaling": self.importance, "splits": self.splits, "kinds": self.resets}
         named = {"path": "barrier", "scaling": "importance", "kinds": "resets"}
         for variable, table in tables.items():
@@ -336,9 +334,9 @@ class Interpolation(Result):
                 rows = table()
                 if "metric" in rows:
                     rows = rows[(rows["file"] == self.files[0]) & (rows["metric"] == self.main_metric())]
-                found[named.get(variable, variable)] = [_plain(row) for row in rows.to_dict("records")]
+                found[named.get(variable, variable)] = [jsonable(row) for row in rows.to_dict("records")]
         if self.has("perturbed"):
-            found["sharpness"] = [_plain(row) for row in self.sharpness().to_dict("records")]
+            found["sharpness"] = [jsonable(row) for row in self.sharpness().to_dict("records")]
         return found
 
     def summary(self) -> str:
@@ -400,7 +398,7 @@ class Interpolation(Result):
                 ]
                 for r in rows.to_dict("records")
             ]
-            lines += _aligned(head, table)
+            lines += aligned(head, table)
         return lines
 
     def _about_splits(self) -> list[str]:

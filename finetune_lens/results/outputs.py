@@ -9,7 +9,7 @@ from finetune_lens import stats
 from finetune_lens.errors import InputError
 from finetune_lens.results import Result
 from finetune_lens.results.few import caution
-from finetune_lens.results.patching import _mean, _plain
+from finetune_lens.results.tables import aligned, jsonable, mean_of
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -55,7 +55,7 @@ class Outputs(Result):
 
         rows = []
         for label, name in BETWEEN.items():
-            by_text = _mean(self.data[name].transpose("example", "position").values)
+            by_text = mean_of(self.data[name].transpose("example", "position").values)
             rows.append({"measure": label, "base": np.nan, "tuned": np.nan} | _interval(by_text))
         if self.answers:
             for label, name in (("KL(base ‖ tuned)", "kl"), ("top-1 flips", "flip")):
@@ -64,8 +64,8 @@ class Outputs(Result):
         sided = {"entropy": "entropy", "loss on the text": "loss"} | {f"answer: {m}": m for m in self.answers}
         for label, name in sided.items():
             values = self.data[name].transpose("side", "example", ...).values.astype(float)
-            base, tuned = values if values.ndim == 2 else _mean(values)
-            rows.append({"measure": label, "base": _mean(base), "tuned": _mean(tuned)} | _interval(tuned - base))
+            base, tuned = values if values.ndim == 2 else mean_of(values)
+            rows.append({"measure": label, "base": mean_of(base), "tuned": mean_of(tuned)} | _interval(tuned - base))
         return pd.DataFrame(rows)
 
     def _where_answered(self, name: str) -> np.ndarray:
@@ -134,16 +134,16 @@ class Outputs(Result):
                 values = one[name].transpose("depth", "example").values
                 low, high = stats.interval_of_mean(values)
                 short = name.removeprefix("lens_")
-                columns |= {short: _mean(values), f"{short}_low": low, f"{short}_high": high}
+                columns |= {short: mean_of(values), f"{short}_low": low, f"{short}_high": high}
             frames.append(pd.DataFrame(columns))
         return pd.concat(frames, ignore_index=True)
 
     def headline(self) -> dict[str, Any]:
         """The table by measure, and the most changed positions and tokens."""
-        rows = {row.pop("measure"): _plain(row) for row in self.table().to_dict("records")}
+        rows = {row.pop("measure"): jsonable(row) for row in self.table().to_dict("records")}
         short = ["example", "position", "token", "js", "top_base", "top_tuned"]
-        positions = [_plain(row) for row in self.positions(3)[short].to_dict("records")]
-        tokens = [_plain(row) for row in self.tokens(3).to_dict("records")]
+        positions = [jsonable(row) for row in self.positions(3)[short].to_dict("records")]
+        tokens = [jsonable(row) for row in self.tokens(3).to_dict("records")]
         sizes = {"texts": int(self.data.sizes["example"]), "positions": int((self.data["token"] != "").sum())}
         return sizes | {"measures": rows, "most_changed_positions": positions, "most_changed_tokens": tokens}
 
@@ -151,7 +151,7 @@ class Outputs(Result):
         """The table, and where and in which tokens the two differ most."""
         count = int((self.data["token"].values != "").sum())
         lines = [f"{self.data.sizes['example']} texts, {count} positions; nats, 95 % intervals over texts"]
-        lines += _aligned(
+        lines += aligned(
             ["", "base", "tuned", "difference", "95 %"], [_row(r) for r in self.table().to_dict("records")]
         )
         rows = self.table().set_index("measure")
@@ -177,7 +177,7 @@ class Outputs(Result):
             if shown:
                 lines.append(f"tokens {word}, mean probability: {', '.join(shown)}")
         if self.has_lens:
-            kl = _mean(self.data["lens_kl"].transpose("depth", "example").values)
+            kl = mean_of(self.data["lens_kl"].transpose("depth", "example").values)
             shown = ", ".join(f"{v:.2g}" for v in kl)
             lines.append(f"logit lens, KL(base ‖ tuned) after 0, 1, … blocks: {shown}")
         lines += caution(self.data.sizes["example"], "texts")
@@ -187,7 +187,7 @@ class Outputs(Result):
 
 def _interval(values: np.ndarray) -> dict[str, Any]:
     low, high = stats.interval_of_mean(values)
-    return {"difference": _mean(values), "low": float(low), "high": float(high)}
+    return {"difference": mean_of(values), "low": float(low), "high": float(high)}
 
 
 def _row(row: dict[str, Any]) -> list[str]:
@@ -201,12 +201,3 @@ def _row(row: dict[str, Any]) -> list[str]:
         else f"{row['difference']:+.3g}"
     )
     return [row["measure"], number(row["base"]), number(row["tuned"]), signed, ends]
-
-
-def _aligned(head: list[str], rows: list[list[str]]) -> list[str]:
-    """Lines with columns of one width: the first flush left, the others right."""
-    widths = [max(len(r[i]) for r in [head, *rows]) for i in range(len(head))]
-    return [
-        "  ".join(c.ljust(w) if i == 0 else c.rjust(w) for i, (c, w) in enumerate(zip(r, widths, strict=True))).rstrip()
-        for r in [head, *rows]
-    ]

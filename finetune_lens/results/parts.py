@@ -4,7 +4,7 @@ from typing import TYPE_CHECKING, Any
 
 from finetune_lens.errors import InputError
 from finetune_lens.results import Result
-from finetune_lens.results.patching import _plain
+from finetune_lens.results.tables import jsonable
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -111,7 +111,7 @@ class Parts(Result):
             level: {
                 "parts": int(self.data.sizes[level]),
                 "correlations": [
-                    _plain(row) for row in self.correlations(level).drop(columns="level").to_dict("records")
+                    jsonable(row) for row in self.correlations(level).drop(columns="level").to_dict("records")
                 ],
             }
             for level in self.levels

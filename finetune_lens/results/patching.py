@@ -9,6 +9,7 @@ from finetune_lens import stats
 from finetune_lens.errors import InputError
 from finetune_lens.results import Result
 from finetune_lens.results.few import caution
+from finetune_lens.results.tables import jsonable, mean_of
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -65,7 +66,7 @@ class Patching(Result):
         """mean, low, high of the effect over the examples, by direction and cell."""
         values = self.data[metric or self.metric].transpose(..., "example")
         low, high = stats.interval_of_mean(values.values)
-        return self._summarised(values, (_mean(values.values), low, high), ("mean", "low", "high"))
+        return self._summarised(values, (mean_of(values.values), low, high), ("mean", "low", "high"))
 
     def recovery(self, metric: str | None = None) -> "xr.Dataset":
         """ratio, low, high: mean effect / (mean donor − mean recipient); NaN where that difference is not clear of 0.
@@ -96,8 +97,8 @@ class Patching(Result):
             one = self.data.sel(direction=direction)
             recipient, donor = one[f"recipient_{metric}"].values, one[f"donor_{metric}"].values
             low, high = stats.interval_of_mean(donor - recipient)
-            row = {"direction": direction, "recipient": _mean(recipient), "donor": _mean(donor)}
-            rows.append(row | {"difference": _mean(donor - recipient), "low": float(low), "high": float(high)})
+            row = {"direction": direction, "recipient": mean_of(recipient), "donor": mean_of(donor)}
+            rows.append(row | {"difference": mean_of(donor - recipient), "low": float(low), "high": float(high)})
         return pd.DataFrame(rows)
 
     def to_frame(self) -> "pd.DataFrame":
@@ -121,10 +122,10 @@ class Patching(Result):
         for metric in self.metrics:
             if metric != self.metric:
                 others = self.data[metric].transpose("direction", *self.dims, "example").values
-                frame[f"effect_{metric}"] = _mean(others).ravel()
+                frame[f"effect_{metric}"] = mean_of(others).ravel()
         estimate = f"attribution_{self.metric}"
         if estimate in self.data:
-            frame["attribution"] = _mean(
+            frame["attribution"] = mean_of(
                 self.data[estimate].transpose("direction", *self.dims, "example").values
             ).ravel()
         frame["examples"] = np.isfinite(values.values).sum(-1).ravel()
@@ -185,7 +186,9 @@ class Patching(Result):
         for row in self.gap().to_dict("records"):
             top = self.top(3, direction=row["direction"])
             columns = [*self.dims, "effect", "low", "high", "recovery"]
-            found[row.pop("direction")] = _plain(row) | {"top": [_plain(r) for r in top[columns].to_dict("records")]}
+            found[row.pop("direction")] = jsonable(row) | {
+                "top": [jsonable(r) for r in top[columns].to_dict("records")]
+            }
         return found
 
     def summary(self) -> str:
@@ -229,17 +232,3 @@ class Patching(Result):
                 f"worst disagreement {agreement['worst']:.3g} at {agreement['worst_at']}"
             )
         return lines
-
-
-def _mean(values: np.ndarray) -> Any:
-    """Over the last axis, NaN left out; NaN where there is nothing."""
-    count = (~np.isnan(values)).sum(-1)
-    with np.errstate(invalid="ignore"):  # infinities of both signs
-        total = np.where(np.isnan(values), 0, values).sum(-1)
-    return np.where(count > 0, total / np.maximum(count, 1), np.nan)[()]
-
-
-def _plain(row: dict[str, Any]) -> dict[str, Any]:
-    """Ready for JSON: numpy scalars turned into Python's, NaN into None."""
-    plain = {k: v.item() if hasattr(v, "item") else v for k, v in row.items()}
-    return {k: None if isinstance(v, float) and not np.isfinite(v) else v for k, v in plain.items()}

@@ -10,7 +10,8 @@ from finetune_lens import stats
 from finetune_lens.errors import InputError
 from finetune_lens.results import Result
 from finetune_lens.results.few import caution
-from finetune_lens.results.patching import METRICS, _mean, _plain
+from finetune_lens.results.patching import METRICS
+from finetune_lens.results.tables import jsonable, mean_of
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -73,7 +74,7 @@ class Paths(Result):
         """Mean, interval and adjusted p of every head, the correction over the heads of one group and model."""
         numbers = values.values
         over = values.isel(example=0, drop=True)
-        frame = over.copy(data=_mean(numbers)).to_dataframe("effect").reset_index()
+        frame = over.copy(data=mean_of(numbers)).to_dataframe("effect").reset_index()
         frame = frame[["model", "group", "layer", "head", "effect"]]
         low, high = stats.interval_of_mean(numbers)
         frame["low"], frame["high"] = low.ravel(), high.ravel()
@@ -115,7 +116,7 @@ class Paths(Result):
         base, tuned = (values.isel(model=i, drop=True) for i in (0, 1))
         frame = self._summarised((tuned - base).expand_dims("model"))
         frame = frame.rename(columns={"effect": "difference"}).drop(columns="model")
-        frame["base"], frame["tuned"] = (_mean(side.values).ravel() for side in (base, tuned))
+        frame["base"], frame["tuned"] = (mean_of(side.values).ravel() for side in (base, tuned))
         return frame[["group", "layer", "head", "base", "tuned", "difference", "low", "high", "p_adjusted"]]
 
     def agreement(self) -> "pd.DataFrame":
@@ -136,7 +137,7 @@ class Paths(Result):
         found |= {"models": self.models, "circuit": self.circuit}
         columns = ["model", "layer", "head", "effect", "low", "high"]
         found["groups"] = {
-            name: [_plain(row) for row in self.top(3, group=name)[columns].to_dict("records")] for name in self.groups
+            name: [jsonable(row) for row in self.top(3, group=name)[columns].to_dict("records")] for name in self.groups
         }
         return found
 

@@ -7,8 +7,7 @@ import numpy as np
 
 from finetune_lens import stats
 from finetune_lens.results import Result
-from finetune_lens.results.outputs import _aligned
-from finetune_lens.results.patching import _plain
+from finetune_lens.results.tables import aligned, jsonable
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -175,11 +174,11 @@ class Probing(Result):
         found: dict[str, Any] = {
             "examples": int(self.data.sizes["example"]),
             "measure": self.measure,
-            "majority": _plain({"score": value, "low": low, "high": high}),
+            "majority": jsonable({"score": value, "low": low, "high": high}),
         }
         for side in SIDES:
-            found[side] = {"best": _plain(self.best(side)), "first_clear": self.first_clear(side)}
-        found["differences"] = [_plain(row) for row in self._at_best().to_dict("records")]
+            found[side] = {"best": jsonable(self.best(side)), "first_clear": self.first_clear(side)}
+        found["differences"] = [jsonable(row) for row in self._at_best().to_dict("records")]
         return found
 
     def _at_best(self) -> "pd.DataFrame":
@@ -209,7 +208,7 @@ class Probing(Result):
                 *(_shown(row, n) if self.has_control else "" for n in ("control", "selectivity")),
                 self._place(first) if first else "none",
             ])  # fmt: skip
-        lines += _aligned(head, rows)
+        lines += aligned(head, rows)
         lines += [
             f"tuned − base at {self._place(row)}: {row['difference']:+.3g} [{row['low']:.3g}, {row['high']:.3g}]"
             for row in self._at_best().to_dict("records")

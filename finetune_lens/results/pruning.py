@@ -9,10 +9,8 @@ import numpy as np
 from finetune_lens import stats
 from finetune_lens.errors import InputError
 from finetune_lens.results import Result
-from finetune_lens.results.brackets import ends
 from finetune_lens.results.few import caution
-from finetune_lens.results.outputs import _aligned
-from finetune_lens.results.patching import _mean, _plain
+from finetune_lens.results.tables import aligned, ends, jsonable, mean_of
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -101,8 +99,8 @@ class Pruning(Result):
         rows = []
         for file in self.files:
             base, tuned = (self.values(side=s, score="gradient", count=0, file=file) for s in ("base", "tuned"))
-            row = {"file": file, "base": _mean(base), "tuned": _mean(tuned)} | _interval("difference", tuned - base)
-            rows.append(row | {"commonest": _mean(self.data["commonest"].sel(file=file).values)})
+            row = {"file": file, "base": mean_of(base), "tuned": mean_of(tuned)} | _interval("difference", tuned - base)
+            rows.append(row | {"commonest": mean_of(self.data["commonest"].sel(file=file).values)})
         return pd.DataFrame(rows)
 
     def revivals(self, *, side: str = "tuned", file: str = TASK) -> "pd.DataFrame":
@@ -121,12 +119,12 @@ class Pruning(Result):
         for count in self.counts[1:]:
             mine, drawn = (self.values(side=side, score=s, count=count, file=file) for s in ("gradient", "random"))
             gains = {"gain": mine - unpruned, "over_random": mine - drawn, "over_commonest": mine - commonest}
-            row = {"count": count, "mean": _mean(mine), "random": _mean(drawn)}
+            row = {"count": count, "mean": mean_of(mine), "random": mean_of(drawn)}
             for name, gain in gains.items():
                 row |= _interval(name, gain)
             asked = [gain for gain in gains.values() if not np.isnan(gain).all()]
             row["p"] = float(np.max(stats.two_sided_p(np.stack(asked))))
-            rows.append(row | {"above": all(_mean(gain) > 0 for gain in asked)})
+            rows.append(row | {"above": all(mean_of(gain) > 0 for gain in asked)})
         frame = pd.DataFrame(rows)
         frame["adjusted"] = stats.benjamini_hochberg(frame["p"])
         frame["revives"] = frame.pop("above") & (frame["adjusted"] < LEVEL)
@@ -161,8 +159,8 @@ class Pruning(Result):
         unpruned = self.unpruned().to_dict("records")
         return {
             "unit": self.unit, "metric": self.metric, "units": int(self.data["units"].sum()),
-            "unpruned": {row.pop("file"): _plain(row) for row in unpruned},
-            "gains": [_plain(row) for row in gains.to_dict("records")],
+            "unpruned": {row.pop("file"): jsonable(row) for row in unpruned},
+            "gains": [jsonable(row) for row in gains.to_dict("records")],
             "revives_at": [int(c) for c in frame.loc[frame["revives"], "count"]],
         }  # fmt: skip
 
@@ -175,7 +173,7 @@ class Pruning(Result):
             "intervals over prompts"
         ]
         rows = self.unpruned().to_dict("records")
-        lines += _aligned(["", "base", "tuned", "difference", "95 %", "commonest"], [_side_row(row) for row in rows])
+        lines += aligned(["", "base", "tuned", "difference", "95 %", "commonest"], [_side_row(row) for row in rows])
         others = [f for f in self.files if f != TASK]
         head = ["removed", "tuned", "gain", "95 %", "adj. p", "largest", "random", "base", *others]
         table = []
@@ -184,15 +182,15 @@ class Pruning(Result):
             cells += [ends(row["gain_low"], row["gain_high"]).strip(), f"{row['adjusted']:.2g}"]
             largest = self.values(side="tuned", score="magnitude", count=count)
             base = self.values(side="base", score="gradient", count=count)
-            cells += [f"{_mean(largest):.3g}", f"{row['random']:.3g}", f"{_mean(base):.3g}"]
+            cells += [f"{mean_of(largest):.3g}", f"{row['random']:.3g}", f"{mean_of(base):.3g}"]
             for file in others:
-                cells.append(f"{_mean(self.values(side='tuned', score='gradient', count=count, file=file)):.3g}")
+                cells.append(f"{mean_of(self.values(side='tuned', score='gradient', count=count, file=file)):.3g}")
             table.append(cells)
         lines += [
             f"{TASK}, without the {unit} of the largest θ·∂L/∂θ; beside it without the largest, without random ones, "
             "and the base without its own:"
         ]
-        lines += _aligned(head, table)
+        lines += aligned(head, table)
         lines.append(self._verdict())
         lines += caution(examples, "held-out prompts")
         return "\n".join([*lines, *(str(note) for note in self.provenance.get("notes", []))])
@@ -223,7 +221,7 @@ def _intervals(name: str, values: Sequence[np.ndarray]) -> dict[str, np.ndarray]
     """Means of each, and their intervals, all drawn together."""
     low, high = stats.interval_of_mean(np.stack(values))
     stem = f"{name}_" if name else ""
-    return {name or "mean": np.array([_mean(v) for v in values]), f"{stem}low": low, f"{stem}high": high}
+    return {name or "mean": np.array([mean_of(v) for v in values]), f"{stem}low": low, f"{stem}high": high}
 
 
 def _side_row(row: dict[str, Any]) -> list[str]:

@@ -12,8 +12,7 @@ from finetune_lens.errors import InputError
 from finetune_lens.results import Result
 from finetune_lens.results.curves import Curve
 from finetune_lens.results.few import caution
-from finetune_lens.results.outputs import _aligned
-from finetune_lens.results.patching import _plain
+from finetune_lens.results.tables import aligned, jsonable
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -214,8 +213,8 @@ class Recovery(Result):
 
     def headline(self) -> dict[str, Any]:
         """By curve the row of the table; the first curve against the others."""
-        rows = {row.pop("curve"): _plain(row) for row in self._table.to_dict("records")}
-        return {"curves": rows, "differences": [_plain(row) for row in self._comparisons], "notes": self._notes}
+        rows = {row.pop("curve"): jsonable(row) for row in self._table.to_dict("records")}
+        return {"curves": rows, "differences": [jsonable(row) for row in self._comparisons], "notes": self._notes}
 
     @property
     def _notes(self) -> list[str]:
@@ -232,7 +231,7 @@ class Recovery(Result):
             for r in self._table.to_dict("records")
         ]  # fmt: skip
         head = ["", "unit", "examples", "gain", "area", "95 %", f"share at {TARGET:g}", "95 %", ""]
-        lines = _aligned(head, rows)
+        lines = aligned(head, rows)
         for row in self._comparisons:
             lines.append(
                 f"area, {row['a']} − {row['b']}: {row['difference']:+.3f} [{row['low']:+.3f}, {row['high']:+.3f}] on "

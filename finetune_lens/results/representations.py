@@ -7,7 +7,7 @@ import numpy as np
 
 from finetune_lens.errors import InputError
 from finetune_lens.results import Result
-from finetune_lens.results.patching import _plain
+from finetune_lens.results.tables import jsonable
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -129,11 +129,11 @@ class Representations(Result):
         found: dict[str, Any] = {n: v.item() if hasattr(v := self.data.attrs[n], "item") else v for n in names}
         found["null_models"] = len(self.models)
         if self.matched:
-            found["least_alike"] = {row.pop("measure"): _plain(row) for row in self.farthest().to_dict("records")}
+            found["least_alike"] = {row.pop("measure"): jsonable(row) for row in self.farthest().to_dict("records")}
         if self.has_lens:
             frame = self.tokens()
             last = frame[(frame["depth"] == frame["depth"].max()) & (frame["rank"] < 3)]
-            found["difference"] = [_plain(row) for row in last.to_dict("records")]
+            found["difference"] = [jsonable(row) for row in last.to_dict("records")]
         return found
 
     def summary(self) -> str:

@@ -8,9 +8,7 @@ import numpy as np
 from finetune_lens import stats
 from finetune_lens.errors import InputError
 from finetune_lens.results import Result
-from finetune_lens.results.brackets import ends
-from finetune_lens.results.outputs import _aligned
-from finetune_lens.results.patching import _mean, _plain
+from finetune_lens.results.tables import aligned, ends, jsonable, mean_of
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -76,7 +74,7 @@ class Revival(Result):
 
     def base(self, *, file: str | None = None) -> float:
         """Accuracy of the base; NaN where none was measured."""
-        return float(_mean(self.data["base_accuracy"].sel(file=self._file(file)).values)) if self.has_base else np.nan
+        return float(mean_of(self.data["base_accuracy"].sel(file=self._file(file)).values)) if self.has_base else np.nan
 
     @property
     def has_base(self) -> bool:
@@ -192,9 +190,9 @@ class Revival(Result):
 
     def headline(self) -> dict[str, Any]:
         """The verdict, the threshold, and the row of each start, on the first file; None for what is not reached."""
-        rows = {row.pop("start"): _plain(row) for row in self.crossings().to_dict("records")}
+        rows = {row.pop("start"): jsonable(row) for row in self.crossings().to_dict("records")}
         word, why = self.verdict()
-        facts = _plain({"threshold": self.threshold, "base": self.base(), "steps": int(self.steps[-1])})
+        facts = jsonable({"threshold": self.threshold, "base": self.base(), "steps": int(self.steps[-1])})
         return facts | {"file": self.files[0], "starts": rows, "verdict": word, "why": why}
 
     def summary(self) -> str:
@@ -214,7 +212,7 @@ class Revival(Result):
                 cells += [f"{row['censored']:.0%}", _ratio(row)]
                 rows.append(cells)
             head = [file, "at 0", f"at {last:g}", "steps", "95 %", "not reached", "ratio to tuned"]
-            lines += _aligned(head, rows)
+            lines += aligned(head, rows)
         for start in self.starts:
             at = self.data["diverged"].sel(start=start).values
             if (at >= 0).any():
@@ -277,7 +275,7 @@ def _resampled(values: np.ndarray) -> np.ndarray:
 
 def _over_runs(values: np.ndarray) -> np.ndarray:
     """(start, step): mean over examples and the seeds that have not diverged."""
-    return _mean(values.transpose(0, 2, 1, 3).reshape(values.shape[0], values.shape[2], -1))
+    return mean_of(values.transpose(0, 2, 1, 3).reshape(values.shape[0], values.shape[2], -1))
 
 
 def _bounds(steps: np.ndarray, tuned: np.ndarray, last: float) -> tuple[np.ndarray, np.ndarray]:
