@@ -14,6 +14,7 @@ from test_prompts import bpe
 
 import finetune_lens as fl
 from finetune_lens import stats, zoo
+from finetune_lens.cot import cuts
 from finetune_lens.cot.chains import Chain, write_chains
 from finetune_lens.cot.cuts import FLOOR, cut_steps, hidden
 from finetune_lens.cot.importance import resample, shift, shift_by_chance
@@ -164,17 +165,34 @@ def test_batches_change_nothing(library):
 
 def test_memory_that_does_not_hold_the_batch(library, monkeypatch):
     model, chain = HookedModel(library.model("llama")), chain_of()
-    expected, run, sizes = cut_steps(model, chain, 0, layers=[0, 1]), HookedModel.run, []
+    expected, run, sizes = cut_steps(model, chain, 0, layers=[0, 1]), cuts._cut, []
 
-    def narrow(self, ids, **options):
-        sizes.append(len(ids))
-        if len(ids) > 2:
+    def narrow(model, ids, batch, *given, **options):
+        sizes.append(len(batch))
+        if len(batch) > 1:
             raise torch.OutOfMemoryError
-        return run(self, ids, **options)
+        return run(model, ids, batch, *given, **options)
 
-    monkeypatch.setattr(HookedModel, "run", narrow)
+    monkeypatch.setattr(cuts, "_cut", narrow)
     np.testing.assert_allclose(cut_steps(model, chain, 0, layers=[0, 1])["kl"], expected["kl"], atol=1e-6)
-    assert sizes[:3] == [9, 4, 2]
+    assert sizes[:3] == [2, 1, 1]
+
+
+def test_what_comes_before_a_step_is_computed_once(library, monkeypatch):
+    model, seen = HookedModel(library.model("llama")), []
+    ends = tuple(range(7, 7 + 3 * 16, 3))
+    chain = Spans(4, ends, tuple(3 + n % 37 for n in range(ends[-1] + 2)), ends[-1] + 2, (Branch((5,), 1),))
+    count = model.module.get_input_embeddings().register_forward_hook(lambda _, args, out: seen.append(args[0].numel()))
+    monkeypatch.setattr(cuts, "unpackable", lambda *_: "")
+    found = cut_steps(model, chain, 0, layers=[0, 1])
+    assert 1 + 16 < sum(seen) / len(chain.ids) < 1 + 1.15 * 16
+    seen.clear()
+    monkeypatch.setattr(cuts, "unpackable", lambda *_: "its rotary embedding changes")
+    whole = cut_steps(model, chain, 0, layers=[0, 1])
+    assert sum(seen) == 33 * len(chain.ids)
+    count.remove()
+    for name in ("kl", "answer_kl", "random_kl", "logprob"):
+        np.testing.assert_allclose(found[name], whole[name], atol=1e-6, err_msg=name)
 
 
 def test_an_adapter_that_is_off(library):

@@ -19,21 +19,24 @@ changed by the cut passes it on, though its words stay what they were. (The auth
 The same for as many random tokens from before the step, cut from the same queries (`random_…`): what cutting that much
 context does. The first token is spared, for attention without an aim rests there.
 
-Tokens up to the step's end do not see the cut: what KL they show is rounding (`rounding`).
+What comes before a step is not computed again: its keys and values are the full chain's. Tokens of the step itself do
+not see the cut either: what KL they show is rounding (`rounding`).
 
-Cost: (1 + 2·steps) forward passes a chain, with attention written out; times the number of options that differ in more
-than their last token. Memory: patterns of the rows at once, and logits of two rows.
+Cost: one forward pass a chain and two of what follows each step's beginning, about 1 + 1.1·steps in all, with attention
+written out (1 + 2·steps where `tree.unpackable` has a reason against kept keys); times the number of options that
+differ in more than their last token. Memory: patterns, keys and values of the rows at once, and logits of two rows.
 """
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
 from finetune_lens.cot.spans import Spans
+from finetune_lens.cot.tree import unpackable
 from finetune_lens.errors import InputError
 from finetune_lens.hooked import HookedModel
 from finetune_lens.hooked.model import _eager
@@ -42,6 +45,7 @@ CUTS = "finetune_lens_cuts"  # our name among transformers' attention implementa
 FLOOR = 1e-9  # nats; added to a KL before its logarithm
 COLUMNS = {"cpu": 4096, "cuda": 32768}  # tokens in a forward pass
 LOGITS = 1 << 26  # numbers of a batch's logits
+SPARED = 8  # rows of a pass begin where the first does, within this fraction of what is left
 WIDE = 1 << 22  # of these, in float64 at once
 
 _HIDDEN: dict[nn.Module, Tensor] = {}  # attention module → (row, 1 or head, query, key), True where it does not see
@@ -57,16 +61,26 @@ def _attention(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mas
     return _eager(module)(module, query, key, value, mask, **options)
 
 
+class _Cut(NamedTuple):
+    """Which tokens are not seen from the column `end` on; up to `begin`, where their step begins, nothing changes."""
+
+    keys: Sequence[int]
+    begin: int
+    end: int
+
+
 @contextmanager
 def hidden(
-    model: HookedModel, keys: Tensor, first: Tensor, *, layers: Sequence[int], heads: Sequence[int] | None = None
-) -> Iterator[None]:
+    model: HookedModel, keys: Tensor, first: Tensor, *, layers: Sequence[int], heads: Sequence[int] | None = None,
+    begin: int = 0,
+) -> Iterator[None]:  # fmt: skip
     """Within: in these layers and heads, tokens from the column `first` of each row on do not see its `keys`.
 
     Args:
         keys: (row, pos) bool.
         first: (row,) column.
         heads: query heads; None: all.
+        begin: column of the first query; keys and values of those before it are kept ones.
 
     Raises:
         InputError: an architecture that does not compute its attention where it can be cut.
@@ -76,7 +90,7 @@ def hidden(
 
     model.require(["pattern"], layers)
     device, width = model.device, keys.shape[1]
-    later = torch.arange(width, device=device) >= first.to(device)[:, None]
+    later = torch.arange(begin, width, device=device) >= first.to(device)[:, None]
     unseen = (later[:, :, None] & keys.to(device)[:, None, :])[:, None]
     if heads is not None:
         chosen = torch.zeros(model.heads, dtype=torch.bool, device=device)
@@ -134,15 +148,17 @@ def cut_steps(
     generator = np.random.default_rng(list(seed))
     keys = [list(chain.span(i)) for i in range(count)]
     random = [_drawn(chain, i, generator) for i in range(count)]
-    cuts = [([], 0), *((k, end) for k, end in zip([*keys, *random], chain.ends * 2, strict=True))]
+    cuts = [_Cut(k, chain.span(i % count).start, chain.ends[i % count]) for i, k in enumerate([*keys, *random])]
     bodies: dict[tuple[int, ...], list[int]] = {}
     for option, branch in enumerate(chain.answers):
         bodies.setdefault(branch.tokens[:-1], []).append(option)
     main = [] if own is None else bodies[chain.answers[own].tokens[:-1]]
-    logs = np.full((len(cuts), len(chain.answers)), np.nan)
-    given = {"layers": layers, "heads": heads, "batch_size": batch_size}
+    rows = 1 + len(cuts)  # the first is no cut
+    logs = np.full((rows, len(chain.answers)), np.nan)
+    longest = max(map(len, [chain.ids, *map(chain.row, range(len(chain.answers)))]))
+    given = {"layers": layers, "heads": heads, "batch_size": batch_size, "keep": not unpackable(model, longest)}
     row = chain.row(own) if main else list(chain.ids)
-    kl, best = np.zeros((len(cuts), len(row))), np.zeros(len(cuts), bool)
+    kl, best = np.zeros((rows, len(row))), np.zeros(rows, bool)
     reads = chain.reads(own) if main else range(len(row) - 1, len(row))
     begin = min(chain.front, reads[0])  # without chain and cue the answer is read behind the prompt
     for r, found, reference in _distributions(model, row, range(begin, len(row)), cuts, **given):
@@ -157,7 +173,7 @@ def cut_steps(
             for r, found, _ in _distributions(model, row, range(first, len(row)), cuts, **given):
                 _score(logs[r], chain, options, found, first)
     changed = ~best if written or not main else logs.argmax(-1) != own
-    return _summed(chain, kl, reads, logs[:, own] if main else np.full(len(cuts), np.nan), changed)
+    return _summed(chain, kl, reads, logs[:, own] if main else np.full(rows, np.nan), changed)
 
 
 def _score(logs: np.ndarray, chain: Spans, options: Sequence[int], found: Tensor, first: int) -> None:
@@ -175,33 +191,58 @@ def _drawn(chain: Spans, step: int, generator: np.random.Generator) -> list[int]
 
 
 def _distributions(
-    model: HookedModel, row: list[int], at: range, cuts: Sequence[tuple[Sequence[int], int]], layers: Sequence[int],
-    heads: Sequence[int] | None, batch_size: int | None,
+    model: HookedModel, row: list[int], at: range, cuts: Sequence[_Cut], layers: Sequence[int],
+    heads: Sequence[int] | None, batch_size: int | None, keep: bool,
 ) -> Iterator[tuple[int, Tensor, Tensor]]:  # fmt: skip
-    """For each cut: its number, the logits (read, vocab) behind the tokens `at`, and those without a cut."""
+    """The logits (read, vocab) behind the tokens `at`: without a cut (0), with each (1, …); and those without a cut."""
+    ids, places = torch.tensor([row]), torch.tensor([[*at]])
+    with hidden(model, torch.zeros(ids.shape, dtype=torch.bool), torch.zeros(1), layers=layers):
+        whole = model.run(ids, logits_at=places, keys_values=keep)
+    reference = whole.logits[0]
+    yield 0, reference, reference
     columns = COLUMNS.get(model.device.type, COLUMNS["cpu"])
-    size = batch_size or max(1, min(columns // len(row), LOGITS // (len(at) * model.vocabulary)))
-    start, reference = 0, None
-    while start < len(cuts):
-        batch = cuts[start : start + size]
-        keys = torch.zeros(len(batch), len(row), dtype=torch.bool)
-        for r, (some, _) in enumerate(batch):
-            keys[r, list(some)] = True
-        ids = torch.tensor([row]).repeat(len(batch), 1)
-        where = torch.tensor([*at]).repeat(len(batch), 1)
+    todo = sorted(range(len(cuts)), key=lambda n: cuts[n].begin)
+    while todo:
+        begin = cuts[todo[0]].begin if keep else 0
+        width = len(row) - begin
+        size = batch_size or max(1, min(columns // width, LOGITS // (len(at) * model.vocabulary)))
+        batch = [n for n in todo[:size] if not keep or cuts[n].begin <= begin + width // SPARED]
         try:
-            with hidden(model, keys, torch.tensor([end for _, end in batch]), layers=layers, heads=heads):
-                logits = model.run(ids, logits_at=where).logits
+            found = _cut(model, ids, [cuts[n] for n in batch], begin, at, whole.keys_values, layers=layers, heads=heads)
         except torch.OutOfMemoryError:
             if len(batch) == 1:
                 raise
             torch.cuda.empty_cache()
-            size = len(batch) // 2
+            batch_size = len(batch) // 2
             continue
-        for r, values in enumerate(logits):
-            reference = values if reference is None else reference
-            yield start + r, values, reference
-        start += len(batch)
+        for n, values in zip(batch, found, strict=True):
+            yield 1 + n, torch.cat([reference[: len(at) - len(values)], values]), reference
+        todo = todo[len(batch) :]
+
+
+def _cut(
+    model: HookedModel, ids: Tensor, cuts: Sequence[_Cut], begin: int, at: range, kept: Sequence[tuple[Tensor, Tensor]],
+    *, layers: Sequence[int], heads: Sequence[int] | None,
+) -> Tensor:  # fmt: skip
+    """Logits (cut, read, vocab) behind those of the tokens `at` that stand at the column `begin` or later."""
+    from transformers import DynamicCache
+
+    rows, width = len(cuts), ids.shape[1]
+    keys = torch.zeros(rows, width, dtype=torch.bool)
+    for r, cut in enumerate(cuts):
+        keys[r, list(cut.keys)] = True
+    reads = torch.tensor([t - begin for t in at if t >= begin]).repeat(rows, 1)
+    inputs = model.inputs(ids[:, begin:].repeat(rows, 1), None)
+    if begin:
+        cache = DynamicCache()
+        for layer, pair in enumerate(kept):
+            cache.update(*(x[:, :, :begin].expand(rows, -1, -1, -1) for x in pair), layer)
+        positions = torch.arange(begin, width, device=model.device).repeat(rows, 1)
+        inputs |= {"past_key_values": cache, "use_cache": True, "position_ids": positions}
+    first = torch.tensor([cut.end for cut in cuts])
+    unseen = hidden(model, keys, first, layers=layers, heads=heads, begin=begin)
+    with unseen, model.side(), model.logits_at(reads), torch.no_grad():
+        return model.module(**inputs).logits
 
 
 def _logs(logits: Tensor) -> Tensor:
