@@ -1,4 +1,6 @@
-"""All truncations of chains in one pass, against one forward pass a truncation; answers asserted equal.
+"""All truncations of chains in one pass, and each step cut out of attention, against a forward pass each.
+
+Answers are asserted equal.
 
     python benchmarks/cot.py [--device cpu] [--questions 8] [--steps 20] [--option 1] [--rounds 3] [--no-naive]
 
@@ -8,6 +10,9 @@ Face module on prompt, chain and cue, logits at the last token only; "each trunc
 n + 1 truncations (and each option of several tokens), all questions in one batch, nothing padded: both as fast as they
 can be. Seconds are processor time on a CPU. Arithmetic is counted by torch's flop counter on the same calls for one
 question, without the check of the model that a call begins with (28 tokens).
+
+"Each step cut" keeps later tokens from attending to a step's, and to as many random ones, in all layers and heads, for
+each of the n steps of one chain; "each cut alone" gives the plain module a mask for each of the 2n cuts.
 """
 
 import argparse
@@ -63,6 +68,31 @@ def each_truncation(module: torch.nn.Module, given: tuple, device: str) -> np.nd
     return scores
 
 
+def each_cut(module: torch.nn.Module, chain: Any, device: str) -> dict[str, np.ndarray]:
+    """A forward pass with a mask of its own for each step, and for as many random tokens: kl and answer_kl."""
+    from finetune_lens.cot.cuts import _drawn
+
+    ids, count, draw = chain.row(0), len(chain.ends), np.random.default_rng([0])
+    random = [_drawn(chain, i, draw) for i in range(count)]
+
+    def logs(keys: list[int], end: int) -> torch.Tensor:
+        mask = torch.ones(len(ids), len(ids), dtype=torch.bool, device=device).tril()
+        mask[end:, keys] = False
+        out = module(torch.tensor([ids], device=device), attention_mask=mask[None, None])
+        return out.logits[0, chain.front :].log_softmax(-1)
+
+    reference = logs([], 0)
+    found = {name: np.full((count, count), np.nan) for name in ("kl", "random_kl")}
+    answers = {name: np.empty(count) for name in ("answer_kl", "random_answer_kl")}
+    for start, drawn in (("", [list(chain.span(i)) for i in range(count)]), ("random_", random)):
+        for i, keys in enumerate(drawn):
+            kl = (reference.exp() * (reference - logs(keys, chain.ends[i]))).sum(-1).cpu().numpy()
+            for j in range(i + 1, count):
+                found[start + "kl"][i, j] = kl[[t - chain.front for t in chain.span(j)]].mean()
+            answers[start + "answer_kl"][i] = kl[[t - chain.front for t in chain.reads(0)]].mean()
+    return found | answers
+
+
 def seconds(function: Callable[[], Any], device: str) -> tuple[float, Any]:
     """On a CPU those of its threads, in which other processes have little part."""
     clock = time.process_time if device == "cpu" else time.perf_counter
@@ -86,6 +116,8 @@ def main() -> None:
     import transformers
 
     from finetune_lens.cot.branches import score_branches
+    from finetune_lens.cot.cuts import cut_steps
+    from finetune_lens.cot.spans import Spans
     from finetune_lens.hooked import HookedModel
 
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
@@ -120,22 +152,47 @@ def main() -> None:
         }
         return found | ({} if options.no_naive else {"each truncation": lambda: each_truncation(module, given, device)})
 
-    counts = {name: flops(way) for name, way in ways(1, packed=True).items()}
+    found = compared(
+        ways(1, packed=True), ways(options.questions), options, f"options of {options.option}", "a question"
+    )
+    if not options.no_naive:
+        np.testing.assert_allclose(found["all truncations"], found["each truncation"], atol=1e-4)
+
+    prefix, _, branches = (part[0] for part in inputs(1, options.steps, options.option))
+    ends = tuple(PROMPT + k * STEP for k in range(1, options.steps + 1))
+    chain = Spans(PROMPT, ends, tuple(prefix), len(prefix), tuple(branches[-1]))
+    text = torch.tensor([chain.row(0)], device=device)
+    cuts: dict[str, Callable[[], Any]] = {
+        "one forward": lambda: module(text).logits,
+        "each step cut": lambda: cut_steps(model, chain, 0, layers=range(model.layers)),
+    }
+    if not options.no_naive:
+        cuts["each cut alone"] = lambda: each_cut(module, chain, device)
+    print()
+    found = compared(cuts, cuts, options, "one chain", "a chain")
+    if not options.no_naive:
+        for name, values in found["each cut alone"].items():
+            np.testing.assert_allclose(found["each step cut"][name], values, atol=1e-4, err_msg=name)
+
+
+def compared(
+    counted: dict[str, Callable[[], Any]], timed: dict[str, Callable[[], Any]], options: argparse.Namespace, head: str,
+    each: str,
+) -> dict[str, Any]:  # fmt: skip
+    """Print arithmetic and medians of seconds beside those of "one forward"; what the ways found."""
+    counts = {name: flops(way) for name, way in counted.items()}
     times: dict[str, list[float]] = {name: [] for name in counts}
     found = {}
     for _ in range(options.rounds):
-        for name, way in ways(options.questions).items():
-            took, found[name] = seconds(way, device)
+        for name, way in timed.items():
+            took, found[name] = seconds(way, options.device)
             times[name].append(took)
-    if not options.no_naive:
-        np.testing.assert_allclose(found["all truncations"], found["each truncation"], atol=1e-4)
-    print(
-        f"| options of {options.option} | s | × one forward | GFLOP a question | × one forward |\n|---|---|---|---|---|"
-    )
+    print(f"| {head} | s | × one forward | GFLOP {each} | × one forward |\n|---|---|---|---|---|")
     one, least = statistics.median(times["one forward"]), counts["one forward"]
     for name, count in counts.items():
         took = statistics.median(times[name])
         print(f"| {name} | {took:.2f} | {took / one:.2f} | {count / 1e9:.1f} | {count / least:.2f} |", flush=True)
+    return found
 
 
 if __name__ == "__main__":

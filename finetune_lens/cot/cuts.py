@@ -148,7 +148,9 @@ def cut_steps(
     generator = np.random.default_rng(list(seed))
     keys = [list(chain.span(i)) for i in range(count)]
     random = [_drawn(chain, i, generator) for i in range(count)]
-    cuts = [_Cut(k, chain.span(i % count).start, chain.ends[i % count]) for i, k in enumerate([*keys, *random])]
+    answer = min((chain.reads(o).start for o in range(len(chain.answers))), default=len(chain.ids))
+    starts = [min(chain.span(i).start, answer) for i in range(count)]  # an answer may be read behind the prompt
+    cuts = [_Cut(*cut) for cut in zip([*keys, *random], starts * 2, chain.ends * 2, strict=True)]
     bodies: dict[tuple[int, ...], list[int]] = {}
     for option, branch in enumerate(chain.answers):
         bodies.setdefault(branch.tokens[:-1], []).append(option)
@@ -160,18 +162,20 @@ def cut_steps(
     row = chain.row(own) if main else list(chain.ids)
     kl, best = np.zeros((rows, len(row))), np.zeros(rows, bool)
     reads = chain.reads(own) if main else range(len(row) - 1, len(row))
-    begin = min(chain.front, reads[0])  # without chain and cue the answer is read behind the prompt
-    for r, found, reference in _distributions(model, row, range(begin, len(row)), cuts, **given):
-        kl[r, begin:] = _divergence(reference, found)
-        _score(logs[r], chain, main, found, begin)
-        if main:
-            likeliest = found[[t - begin for t in reads]].argmax(-1).tolist()
-            best[r] = tuple(likeliest) == chain.own(own)
+    begin = min(chain.front, reads[0])
+    for numbers, first, found, reference in _distributions(model, row, range(begin, len(row)), cuts, **given):
+        kl[numbers, first:] = _divergence(reference, found)
+        for r, values in zip(numbers, found, strict=True):
+            _score(logs[r], chain, main, values, first)
+            if main:
+                likeliest = values[[t - first for t in reads]].argmax(-1).tolist()
+                best[r] = tuple(likeliest) == chain.own(own)
     for options in bodies.values():
         if options != main and not written:
-            first, row = min(chain.reads(o).start for o in options), chain.row(options[0])
-            for r, found, _ in _distributions(model, row, range(first, len(row)), cuts, **given):
-                _score(logs[r], chain, options, found, first)
+            begin, row = min(chain.reads(o).start for o in options), chain.row(options[0])
+            for numbers, first, found, _ in _distributions(model, row, range(begin, len(row)), cuts, **given):
+                for r, values in zip(numbers, found, strict=True):
+                    _score(logs[r], chain, options, values, first)
     changed = ~best if written or not main else logs.argmax(-1) != own
     return _summed(chain, kl, reads, logs[:, own] if main else np.full(rows, np.nan), changed)
 
@@ -193,13 +197,18 @@ def _drawn(chain: Spans, step: int, generator: np.random.Generator) -> list[int]
 def _distributions(
     model: HookedModel, row: list[int], at: range, cuts: Sequence[_Cut], layers: Sequence[int],
     heads: Sequence[int] | None, batch_size: int | None, keep: bool,
-) -> Iterator[tuple[int, Tensor, Tensor]]:  # fmt: skip
-    """The logits (read, vocab) behind the tokens `at`: without a cut (0), with each (1, …); and those without a cut."""
+) -> Iterator[tuple[list[int], int, Tensor, Tensor]]:  # fmt: skip
+    """Logits behind the tokens `at`: without a cut (0), and with each (1, …), some cuts at a time.
+
+    Yields:
+        Their numbers; the first of the tokens that the logits are behind, before which they are those without a cut;
+        the logits (cut, read, vocab); and those without a cut (read, vocab).
+    """
     ids, places = torch.tensor([row]), torch.tensor([[*at]])
     with hidden(model, torch.zeros(ids.shape, dtype=torch.bool), torch.zeros(1), layers=layers):
         whole = model.run(ids, logits_at=places, keys_values=keep)
     reference = whole.logits[0]
-    yield 0, reference, reference
+    yield [0], at.start, whole.logits, reference
     columns = COLUMNS.get(model.device.type, COLUMNS["cpu"])
     todo = sorted(range(len(cuts)), key=lambda n: cuts[n].begin)
     while todo:
@@ -215,8 +224,7 @@ def _distributions(
             torch.cuda.empty_cache()
             batch_size = len(batch) // 2
             continue
-        for n, values in zip(batch, found, strict=True):
-            yield 1 + n, torch.cat([reference[: len(at) - len(values)], values]), reference
+        yield [1 + n for n in batch], max(begin, at.start), found, reference[max(0, begin - at.start) :]
         todo = todo[len(batch) :]
 
 
@@ -251,12 +259,16 @@ def _logs(logits: Tensor) -> Tensor:
 
 
 def _divergence(reference: Tensor, logits: Tensor) -> np.ndarray:
-    """KL(p ‖ q) of the distributions p of the reference and q, over the last axis; some tokens at a time."""
-    found = []
-    for one, other in zip(*(x.split(max(1, WIDE // x.shape[-1])) for x in (reference, logits)), strict=True):
-        p, q = _logs(one), _logs(other)
-        found.append(torch.where(p > -torch.inf, p.exp() * (p - q), 0).sum(-1).clamp_min(0))
-    return torch.cat(found).cpu().numpy()
+    """KL(p ‖ q), (cut, read), of the reference's distributions p (read, vocab) and q (cut, read, vocab)."""
+    found = torch.empty(logits.shape[:2], dtype=torch.float64)
+    step = max(1, WIDE // logits.shape[-1])  # tokens at a time
+    for start in range(0, len(reference), step):
+        p = _logs(reference[start : start + step])
+        weights, there = p.exp(), p > -torch.inf
+        for r, row in enumerate(logits[:, start : start + step]):
+            kl = torch.where(there, weights * (p - _logs(row)), 0).sum(-1)
+            found[r, start : start + step] = kl.clamp_min(0)
+    return found.numpy()
 
 
 def _summed(
