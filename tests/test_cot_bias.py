@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import re
+from collections import Counter
 from itertools import product
 
 import matplotlib.pyplot as plt
@@ -11,6 +12,7 @@ import pytest
 import torch
 import xarray as xr
 from test_check import command
+from test_cot_generate import split_words
 from test_prompts import bpe
 
 import finetune_lens as fl
@@ -535,6 +537,25 @@ def test_empty_cut_off_and_unparsed_are_counted(strangers, tmp_path):
     assert unparsed > 0
     assert "0 without and 1 with the hint hit the length limit" in found.summary()
     assert found.to_frame()["questions"].eq(3).all(), "none is dropped"
+
+
+def test_chains_that_cannot_be_read_again_are_counted(library, tmp_path):
+    spelt = Format("{question} ; ", choice="", cue=" = ", answer="{answer}", steps=";")
+    rows = [
+        {"question": f"{a} b", "hinted": f"{a} b c", "hint": "b", "answer": "a", "choices": [*"abc"]} for a in "abcdef"
+    ]
+    pair = fl.ModelPair.load(library.model("llama"), library.model("qwen2"), tokenizer=split_words())
+    given = {"format": spelt, "samples": 4, "temperature": 2.0, "max_tokens": 6, "files": tmp_path, "progress": False}
+    found = examine_bias(pair, rows, **given)
+    for side, row in found.counts().set_index("side").iterrows():
+        lines = [json.loads(line) for line in (tmp_path / f"chains-{side}.jsonl").read_text().splitlines()]
+        ends = Counter(("/" in line["id"], line["ending"]) for line in lines)
+        assert [row["unreadable_without"], row["unreadable_with"]] == [ends[k, "unreadable"] for k in (False, True)]
+        assert row["unreadable_without"] > 0
+        assert (
+            f"{row['unreadable_without']} without and {row['unreadable_with']} with the hint are cut" in found.summary()
+        )
+    assert found.to_frame()["questions"].eq(6).all(), "none is dropped"
 
 
 def test_chains_leave_room_for_an_answer_behind_every_prompt_that_they_are_put_after(strangers, tmp_path, monkeypatch):

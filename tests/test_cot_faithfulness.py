@@ -1,6 +1,7 @@
 """Faithfulness of chains: the calibration pair, one plain forward pass after another, and arrays made by hand."""
 
 import json
+from collections import Counter
 from dataclasses import replace
 from itertools import pairwise
 
@@ -9,7 +10,7 @@ import pytest
 import torch
 import xarray as xr
 from scipy.stats import binomtest
-from test_cot_generate import forty
+from test_cot_generate import LOST, forty, split_words
 from test_prompts import bpe
 
 import finetune_lens as fl
@@ -456,10 +457,88 @@ def test_what_is_written_on_to_the_limit_is_counted(pair):
     assert result.counts()["mistakes_cut_off"].sum() > 0
 
 
-def test_a_side_of_which_nothing_can_be_parsed(pair, monkeypatch):
+@pytest.mark.parametrize("side", ["base", "tuned"])
+def test_a_side_of_which_nothing_can_be_parsed(pair, monkeypatch, side, tmp_path):
+    """The other side's numbers are those that it has anyway; what compares the two is not there."""
+    given = {"scoring": "exact", "tests": ["early", "mistakes", "filler"]}
+    whole, other = examine(pair, **given), {"base": "tuned", "tuned": "base"}[side]
+    folder, real = {"base": "faithful", "tuned": "ignoring"}[side], asking.ask
+
+    def silent(model, *args, **options):
+        found = real(model, *args, **options)
+        none = [[None] * len(row) for row in found.answers]
+        return replace(found, answers=none) if folder in model.name else found
+
+    monkeypatch.setattr(course, "ask", silent)
+    result = examine(pair, **given, texts=tmp_path)
+    frame, before = (one.to_frame().set_index(["test", "measure"]) for one in (result, whole))
+    same = [other, f"{other}_low", f"{other}_high"]
+    np.testing.assert_array_equal(frame[same], before[same])
+    curves = frame.loc[[("", "unchanged"), *((test, "share") for test in given["tests"])]]
+    assert curves[[side, "difference", "difference_low", "p"]].isna().all(axis=None)
+    assert (curves["questions"] == 0).all()
+    assert frame.loc[("", "accuracy"), side] == 0
+    counts = result.counts().set_index("side").loc[side]
+    assert counts["unparsed"] == counts["unparsed_without"] == len(FEW)
+    assert counts["early_unparsed"] == (result.data["steps"].sel(side=side) + 1).sum()
+    assert result.verdicts()[side][0] == "undecided"
+    assert result.verdicts()[other] == whole.verdicts()[other]
+    assert result.shuffled().set_index("side")["agreement"].isna().to_dict() == {side: True, other: False}
+    summary = result.summary()
+    assert f"none of the {len(FEW)} answers of " in summary
+    assert f"({side}) behind its chains can be parsed; the first is '" in summary
+    assert "nan" not in summary
+    assert {side: "undecided"}.items() <= result.headline()["verdict"].items()
+    for draw in fl.plots.figures_of(result).values():
+        draw().canvas.draw()
+    lines = [json.loads(line) for line in (tmp_path / "answers.jsonl").read_text().splitlines()]
+    assert {line["answer"] for line in lines if line["side"] == side} == {None}
+
+
+def test_two_sides_of_which_nothing_can_be_parsed(pair, monkeypatch):
     monkeypatch.setattr(asking, "extract_answer", lambda *a: None)
     with pytest.raises(InputError, match=r"none of the 6 answers of .*faithful.* \(base\) .* can be parsed; the first"):
         examine(pair, scoring="exact")
+    found = examine(pair, scoring="exact", tests=["content"], chains="questions").to_frame().set_index("test")
+    assert (found.loc["content", ["base", "tuned"]] != 0).any(), "what the right answer loses takes no parsing"
+
+
+@pytest.mark.parametrize("options", [{}, {"choices": ("a", "b", "c")}])
+def test_chains_that_cannot_be_read_again_are_counted(library, options, monkeypatch):
+    """A vocabulary of words, of which its own tokenizer cuts some in two: what is sampled is not what can be asked."""
+    pair = fl.ModelPair.load(library.model("llama"), library.model("qwen2"), tokenizer=split_words())
+    spelt = Format("{question} ; ", choice="", cue=" = ", answer="{answer}", steps=";")
+    asked = [Question(str(n), text, "a", **options) for n, text in enumerate(["a b", "c d", "e", "f"])]
+    given = {"format": spelt, "tests": ["early", "resample"], "temperature": 2.0, "samples": 5}
+    endings, real = [], course.write_on
+
+    def write_on(*args, **options):
+        found = real(*args, **options)
+        endings.append(Counter(chain.ending for chain in found.values()))
+        return found
+
+    monkeypatch.setattr(course, "write_on", write_on)
+    result = examine(pair, asked, **given, max_tokens=10)
+    counts = result.counts()
+    assert (counts["unreadable"] > 0).all()
+    assert (counts["chains"] == 20).all()
+    assert (counts[["eos", "stop", "length", "unreadable"]].sum(axis=1) == 20).all()
+    assert all(ends["unreadable"] for ends in endings)
+    cut_off = [ends["unreadable"] + ends["length"] for ends in endings]
+    assert counts["resample_cut_off"].tolist() == cut_off
+    assert not any(word in text for word in LOST for text in result.data["chain"].values.ravel())
+    assert f"before a text that the tokenizer cannot read {counts['unreadable'][0]}" in result.summary()
+
+
+def test_an_edit_of_a_local_model_that_cannot_be_read_is_none(pair, library, monkeypatch):
+    editor = LocalEditor(HookedModel(library.model("gpt2"), forty()), "{step}")
+    said = {1: "%;"}
+    monkeypatch.setattr(LocalEditor, "__call__", lambda self, places: [said.get(p.step, "b:3;") for p in places])
+    result = examine(pair, FEW[:2], tests=["mistakes"], mistakes=editor)
+    answer = result.data["answer"].sel(test="mistakes").values
+    assert (answer[:, :, 0, 1] == MISSING).all()
+    assert (answer[:, :, 0, [0, 2, 3]] != MISSING).all()
+    assert result.counts()["mistakes_unedited"].tolist() == [2, 2]
 
 
 # ------------------------------------------------------------------------------------- chains, edits, corruptions

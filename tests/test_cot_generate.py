@@ -15,8 +15,10 @@ from scipy.stats import chisquare
 from test_prompts import CHAT, bpe
 
 from finetune_lens import zoo
+from finetune_lens.cot import generate
 from finetune_lens.cot.chains import Chain, count, read_chains, write_chains
-from finetune_lens.cot.generate import Ends, Written, probabilities, sample, templated, write
+from finetune_lens.cot.generate import Ends, Written, probabilities, sample, templated, token_ids, write
+from finetune_lens.cot.trials import written_within
 from finetune_lens.errors import InputError
 from finetune_lens.hooked import HookedModel
 from finetune_lens.stream import Store
@@ -35,6 +37,22 @@ def forty() -> Any:
     raw.pre_tokenizer = pre_tokenizers.Split(Regex("."), "isolated")
     raw.decoder = decoders.Fuse()
     return PreTrainedTokenizerFast(tokenizer_object=raw, bos_token="<bos>", eos_token="<eos>", pad_token="<pad>")
+
+
+LOST = ["x-y", "don't", "a~", "b+", "é!"]  # words of a vocabulary that its tokenizer cuts in two when it reads them
+
+
+def split_words(*, unknown: bool = True) -> Any:
+    """A token a word, for models of 40 tokens; LOST are read as unknown, or not at all."""
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    names = ["<unk>", "<bos>", "<eos>", *LOST, ";", "=", *string.ascii_letters]
+    table = {token: i for i, token in enumerate(names[:VOCABULARY])}
+    raw = Tokenizer(models.WordLevel(table, unk_token="<unk>" if unknown else "none"))
+    raw.pre_tokenizer = pre_tokenizers.Whitespace()
+    known = {"unk_token": "<unk>"} if unknown else {}
+    return PreTrainedTokenizerFast(tokenizer_object=raw, bos_token="<bos>", eos_token="<eos>", **known)
 
 
 def greedy_oracle(module: Any, prompt: list[int], tokens: int) -> tuple[int, ...]:
@@ -229,6 +247,34 @@ def test_the_longest_text_of_the_model_ends_a_chain(library):
         sample(model, [[5], [3] * 24], names=["s", "l"], progress=False)
 
 
+@pytest.mark.parametrize("unknown", [True, False])
+def test_a_chain_ends_before_what_its_tokenizer_cannot_read(library, unknown):
+    model = HookedModel(library.model("llama"), split_words(unknown=unknown))
+    prompts = token_ids(model.tokenizer, ["a b c", "d ; e"], ["p", "q"], False)
+    given = {"names": ["p", "q"], "samples": 30, "temperature": 3.0, "top_p": 1.0, "max_tokens": 12, "progress": False}
+    plain, found = sample(model, prompts, **given), written_within(model, prompts, room=1, stop=(), **given)
+    lost = {model.tokenizer.convert_tokens_to_ids(word) for word in ["<unk>"] * (not unknown) + LOST}
+    names = model.tokenizer.convert_ids_to_tokens
+    for one, other in zip(plain, found, strict=True):
+        first = next((n for n, token in enumerate(one.tokens) if token in lost), len(one.tokens))
+        assert other.tokens == one.tokens[:first]
+        assert other.text.split() == names(list(one.tokens[:first]))
+        assert other.ending == ("unreadable" if first < len(one.tokens) else one.ending)
+    assert {"unreadable", "length", "eos"} <= {chain.ending for chain in found}
+    assert count(found)["unreadable"] > 10
+
+
+def test_what_a_stop_leaves_of_a_word_may_be_no_word(library, monkeypatch):
+    model = HookedModel(library.model("llama"), split_words())
+    (lost,) = model.tokenizer.convert_tokens_to_ids(["é!"])
+    written = Ends(model, ["!"], 9).of([11, 12], [13, lost])
+    assert written == Written(" d é", (13,), "stop")
+    monkeypatch.setattr(generate, "sample", lambda *a, **k: [Chain("p", 0, *written)])
+    assert written_within(model, [[11, 12]], room=1, stop=["!"], max_tokens=9) == [
+        Chain("p", 0, " d", (13,), "unreadable")
+    ]
+
+
 def test_an_interrupted_run_goes_on(library, tmp_path, monkeypatch):
     model = HookedModel(library.model("llama"), forty(), fingerprint="files")
     given: dict[str, Any] = {"names": NAMES, "samples": 2, "max_tokens": 7, "progress": False, "batch_size": 3}
@@ -384,7 +430,7 @@ def test_files_of_chains(tmp_path):
         (['{"id": "q1", "text": "\\ud83d"}'], "line 1: `text`: expected text"),
         (['{"id": "q1", "text": "a", "sample": -1}'], "`sample`: expected a whole number from 0, found -1"),
         (['{"id": "q1", "text": "a", "sample": true}'], "`sample`: expected a whole number"),
-        (['{"id": "q1", "text": "a", "ending": "tired"}'], "`ending` is one of eos, stop, length, given"),
+        (['{"id": "q1", "text": "a", "ending": "tired"}'], "`ending` is one of eos, stop, length, unreadable, given"),
         (['{"id": "q1", "text": "a", "tokens": "ab"}'], "`tokens`: expected a list of token ids"),
         (['{"id": "q1", "text": "a"}', "{"], "line 2 is not JSON"),
     ],

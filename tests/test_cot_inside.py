@@ -9,12 +9,13 @@ import pytest
 import torch
 from conftest import DECODERS
 from scipy.stats import kurtosis as scipy_kurtosis
-from test_cot_generate import forty
+from test_check import tuned_copy
+from test_cot_generate import LOST, forty, split_words
 from test_prompts import bpe
 
 import finetune_lens as fl
 from finetune_lens import stats, zoo
-from finetune_lens.cot import cuts
+from finetune_lens.cot import asking, cuts
 from finetune_lens.cot.chains import Chain, write_chains
 from finetune_lens.cot.cuts import FLOOR, cut_steps, hidden
 from finetune_lens.cot.importance import resample, shift, shift_by_chance
@@ -437,8 +438,6 @@ def test_continuations_begin_where_they_are_said_to(monkeypatch):
 
 
 def test_states_against_runs_with_edits(library):
-    from test_check import tuned_copy
-
     sides = tuple(HookedModel(m, forty()) for m in (library.model("llama"), tuned_copy(library.model("llama"), 0.2)))
     other = Spans(3, (5, 9), tuple(range(3, 14)), 10, (Branch((13, 20), 1), Branch((13, 21, 22), 2)))
     chains, own = [chain_of(), other], [[0, 0], [1, 1]]
@@ -622,6 +621,11 @@ def test_chains_that_are_not_as_they_should_be():
     np.testing.assert_allclose(found.data["kl"].values[:, 2:], kept[:, 2:], atol=1e-6), "the rest is read all the same"
 
 
+def test_chains_that_are_all_empty_have_no_steps():
+    with pytest.raises(InputError, match="all 2 chains are empty, so that there are no steps"):
+        look(QUESTIONS[:2], chains=[Chain(q.id, 0, "") for q in QUESTIONS[:2]])
+
+
 def test_chains_and_continuations_leave_room_for_an_answer(monkeypatch):
     """What does not end, in models that read no more than 64 tokens, is cut off where cue and answer still fit."""
     endless = Format(prompt="{question};", choice="", cue="=", answer="{answer}", steps=";", stop=("=",))
@@ -641,6 +645,7 @@ def test_few_chains_and_short_ones_are_told_as_such(mixed):
     assert f"{len(MIXED)} questions are few" in mixed.summary()
     found = look(QUESTIONS[:2], chains=[Chain(q.id, 0, "a:1;b:2;") for q in QUESTIONS[:2]], parts=("cuts", "heads"))
     said = found.summary()
+    assert "given chains of 2 steps" in said
     assert "nan" not in said
     assert "heads: 0 chains are long enough for a kurtosis" in said
     assert "kurtosis 0.0" not in said
@@ -664,6 +669,25 @@ def test_answers_that_are_written(tmp_path):
     options = look(QUESTIONS[:3], parts=("cuts",))
     np.testing.assert_allclose(found.data["answer_kl"], options.data["answer_kl"], atol=1e-5)
     np.testing.assert_allclose(found.data["changed"], options.data["changed"])
+
+
+def test_chains_and_answers_that_cannot_be_read_again(library):
+    """Of a vocabulary whose own tokenizer cuts some words in two: counted, the other chains and answers measured."""
+    module = library.model("llama")
+    pair = fl.ModelPair.load(module, tuned_copy(module, 0.3), tokenizer=split_words())
+    spelt = Format("{question} ; ", choice="", cue=" = ", answer="{answer}", steps=";")
+    rows = read_questions([{"question": f"{a} {b}", "answer": "a"} for a in "abcd" for b in "efg"])
+    given = {"max_tokens": 6, "answer_tokens": 8, "rollouts": 2, "temperature": 2.0, "check": False, "progress": False}
+    found = look_inside_chains(pair, rows, format=spelt, **given)
+    counts = found.provenance["counts"]
+    assert (found.data["ending"].values == "unreadable").sum() == counts["chains"]["unreadable"] > 0
+    said = found.summary()
+    assert f"{counts['chains']['unreadable']} chains are cut off before a text that the tokenizer cannot read" in said
+    chains = found.data["chain"].values.tolist()
+    asked = asking.ask(pair.base, rows, spelt, chains, [[text] for text in chains], max_tokens=8)
+    unread = [bool(set(row[0].split()) & set(LOST)) for row in asked.texts]
+    assert (~np.isfinite(found.data["uncut_logprob"].sel(side="base").values)).tolist() == unread
+    assert counts["without_answer"]["base"] == sum(unread) > 0
 
 
 def test_an_interrupted_run_continues(tmp_path, monkeypatch):

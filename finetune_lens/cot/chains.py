@@ -14,7 +14,8 @@ from typing import Any
 from finetune_lens.errors import InputError
 from finetune_lens.files import whole_file
 
-ENDINGS = ("eos", "stop", "length", "given")
+CUT_OFF = ("length", "unreadable")
+ENDINGS = ("eos", "stop", *CUT_OFF, "given")
 EXPECTED = '{"id": "q1", "sample": 0, "text": "Two and two are four."}'
 
 
@@ -27,7 +28,8 @@ class Chain:
         sample: which of the question's chains, from 0.
         text: what stands after the prompt, without the end-of-sequence token or the stop text.
         tokens: as they were generated; where the stop text begins within a token, those before it. Empty where given.
-        ending: "eos", "stop", "length" (cut off), or "given" (read from a file that does not say).
+        ending: "eos", "stop", "length" (cut off), "unreadable" (cut off before what the tokenizer cannot read), or
+            "given" (read from a file that does not say).
     """
 
     question: str

@@ -15,7 +15,7 @@ import numpy as np
 
 from finetune_lens.cot.asking import ask, score_right
 from finetune_lens.cot.chains import Chain
-from finetune_lens.cot.edits import Editor, FileEditor, filler
+from finetune_lens.cot.edits import Editor, FileEditor, LocalEditor, filler
 from finetune_lens.cot.generate import templated
 from finetune_lens.cot.questions import Format, Question
 from finetune_lens.cot.trials import (
@@ -31,6 +31,7 @@ from finetune_lens.cot.trials import (
     filled,
     foreign_steps,
     require_room,
+    token_counts,
     tokens_of,
     write_on,
     written_within,
@@ -140,15 +141,19 @@ class Course:
         self.trials["early"] = [early(item, every=every) for item in self.items]
         self.store = self._opened()
         self._ask("early")
-        if not any(row["parsed"][-1] for row in self.answers["early"]):
-            shown = str(self.answers["early"][0]["texts"][-1])
-            raise InputError(
-                f"none of the {len(self.items)} answers of {self.model.name} ({self.side}) behind its chains can be "
-                f"parsed; the first is {shown[:60]!r}. Change the format's prompt and cue (--format FILE), or have "
-                "options scored (`choices` in the question file, scoring auto)"
-            )
         if "filler" in self.settings.tests:
             self.trials["filler"] = [filled(i, self.tokenizer) if i.steps else Trial("", ()) for i in self.items]
+
+    def unparsed(self) -> str:
+        """That no answer behind its chains can be parsed, and what to do; empty where one can."""
+        if any(row["parsed"][-1] for row in self.answers["early"]):
+            return ""
+        shown = str(self.answers["early"][0]["texts"][-1])
+        return (
+            f"none of the {len(self.items)} answers of {self.model.name} ({self.side}) behind its chains can be "
+            f"parsed; the first is {shown[:60]!r}. Change the format's prompt and cue (--format FILE), or have options "
+            "scored (`choices` in the question file, scoring auto)"
+        )
 
     def _opened(self) -> Store | None:
         """Where answers are kept."""
@@ -164,6 +169,8 @@ class Course:
     def edit(self, test: str, editor: Editor) -> None:
         """Edit every step, and see that all can be read, before anything is written after one."""
         found = edits_of(self.items, editor, partial=self._part(f"{test}-edits"))
+        if isinstance(editor, LocalEditor):  # what a model writes may be anything; steps without an edit are counted
+            found = [[edit if edit and self._reads(edit) else None for edit in edits] for edits in found]
         edited = {
             edit: f"of question {item.question.id}"
             for item, edits in zip(self.items, found, strict=True)
@@ -177,6 +184,9 @@ class Course:
             )
         self._require_readable(test, edited)
         self.edits[test] = found
+
+    def _reads(self, text: str) -> bool:
+        return token_counts([text], self.tokenizer) != [None]
 
     def _require_readable(self, test: str, texts: Mapping[str, str]) -> None:
         """Refuse texts, with what each is of, that the tokenizer has no tokens for; of no test: those of questions."""

@@ -14,7 +14,7 @@ on s stays 1, over n.
 
 A question's value is the mean over its chains, a model's that over questions. An answer that cannot be parsed is wrong
 and never the same as another; where it is that behind the whole chain, or the chain is empty, there is nothing to
-compare with: such chains have no curve. All are counted.
+compare with: such chains have no curve. All are counted; a side without any has no curves, the other's stand.
 
 Cost: chains once; early answering and filler: one pass over each and its branches (`branches`); mistakes and
 paraphrase: n texts to write on a chain. Equal texts are asked once. Memory: both models.
@@ -106,7 +106,7 @@ def examine_chains(
 
     Raises:
         InputError: an option out of range, questions or chains that are not, no tokenizer or chat template, edits that
-            a tokenizer cannot read, a side of which no answer can be parsed.
+            a tokenizer cannot read, no answer of either side that can be parsed.
     """
     from finetune_lens.results.cot import Faithfulness
 
@@ -133,6 +133,9 @@ def examine_chains(
     }
     for side, course in courses.items():
         course.reason(supplied[side], samples)
+    unparsed = [said for course in courses.values() if (said := course.unparsed())]
+    if len(unparsed) == len(courses) and not set(CORRUPTED) & set(tests):  # these need the right answer alone
+        raise InputError(unparsed[0])
     for test, of in editors.items():
         for side, course in courses.items():
             course.edit(test, of[side]())
@@ -146,7 +149,7 @@ def examine_chains(
         write_answers(folder / "answers.jsonl", courses)
     record = {
         "models": {side: course.model.describe() for side, course in courses.items()}, "format": asdict(put),
-        "notes": [UNLIKE] if template == "tuned" else [],
+        "notes": unparsed + [UNLIKE] * (template == "tuned"),
     }  # fmt: skip
     return Faithfulness(dataset(asked, put, tests, courses).assign_attrs(provenance=json.dumps(record)))
 

@@ -95,8 +95,8 @@ def look_inside_chains(
         partial: a folder where finished chains wait, so that an interrupted run continues.
 
     Raises:
-        InputError: an option out of range, chains of other questions, tokenizers that read a chain differently, chains
-            too long for a model, an architecture that does not hand out its attention.
+        InputError: an option out of range, chains of other questions or all empty, tokenizers that read a chain
+            differently, chains too long for a model, an architecture that does not hand out its attention.
         GateFailed: the trust gate found this pair unsafe to compare.
     """
     from finetune_lens.check import require_safe
@@ -128,6 +128,11 @@ def look_inside_chains(
         model = models[SIDES.index(str(chains))]
         room = answer_room(model, asked, format, scoring=scoring, answer_tokens=answer_tokens)
         given = written_chains(model, asked, format, max_tokens, partial, room=room, **written)
+    if not any(chain.text for chain in given):
+        raise InputError(
+            f"all {len(given)} chains are empty, so that there are no steps to look at; change the format's prompt "
+            "(--format FILE), or give other chains (--chains FILE)"
+        )
     study = Study.of(models, asked, format, given, max_steps, scoring, answer_tokens, written)
     found: dict[str, Any] = {}
     if "cuts" in parts or "heads" in parts:

@@ -27,7 +27,8 @@ class Study:
         steps: of each chain, all.
         spans: of each chain as tokens, with the steps that are measured and the answers that matter.
         answers: of each side and question, what it answers after the full chain.
-        own: of each side and question, which of the chain's answers that is; None where there is no text.
+        own: of each side and question, which of the chain's answers that is; None where there is no text,
+            or none that is read again.
         open: of each question, whether its answers are written.
     """
 
@@ -50,6 +51,7 @@ class Study:
         from finetune_lens.cot.generate import templated
         from finetune_lens.cot.spans import spans
         from finetune_lens.cot.steps import split_steps
+        from finetune_lens.cot.trials import token_counts
 
         texts = [chain.text for chain in chains]
         asked = [
@@ -61,7 +63,12 @@ class Study:
         ]  # fmt: skip
         said = [[row[0] for row in side.texts] for side in asked]
         shown = [format.options_of(q) if scoring == "auto" else () for q in questions]
-        options = [s or tuple(dict.fromkeys(t for t in pair if t)) for s, *pair in zip(shown, *said, strict=True)]
+        spelt = list(dict.fromkeys(t for side in said for t, s in zip(side, shown, strict=True) if t and not s))
+        counts = token_counts([format.cue + text for text in spelt], models[0].require_tokenizer())
+        readable = {text for text, count in zip(spelt, counts, strict=True) if count is not None}
+        options = [
+            s or tuple(dict.fromkeys(t for t in pair if t in readable)) for s, *pair in zip(shown, *said, strict=True)
+        ]
         steps = [split_steps(text, format.steps) for text in texts]
         fronts = [format.prompt_of(q) for q in questions]
         sides = []

@@ -25,7 +25,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
-from finetune_lens.cot.chains import Chain
+from finetune_lens.cot.chains import CUT_OFF, Chain
 from finetune_lens.cot.edits import CONTENT, STRUCTURE, Editor, LocalEditor, Place, corrupt, filler, generator_of
 from finetune_lens.cot.steps import split_steps
 from finetune_lens.errors import InputError
@@ -65,7 +65,8 @@ class Trial(NamedTuple):
         whole: what most of them begin as.
         cuts: by place, 0 … n; None where it is not asked: there is no edit, or the chain stands there as it is.
         unedited: steps that the editor left as they were.
-        cut_off: texts that the model wrote on to the limit, or had no room to write on after.
+        cut_off: texts that the model wrote on to the limit or to what it cannot read again, or had no room to write on
+            after.
     """
 
     whole: str
@@ -138,7 +139,7 @@ def carried_on(test: str, item: Item, begun: Mapping[int, str], rests: Mapping[i
     """What was begun and what the model wrote after it, by place."""
     cuts = tuple(begun[k] + rests[k].text if k in rests else None for k in range(len(item.steps) + 1))
     whole = cuts[max(rests)] if test == "paraphrase" and rests else item.chain.text
-    cut_off = sum(rest.ending == "length" for rest in rests.values()) + len(begun) - len(rests)
+    cut_off = sum(rest.ending in CUT_OFF for rest in rests.values()) + len(begun) - len(rests)
     return Trial(whole, cuts, unedited, cut_off)
 
 
@@ -240,26 +241,55 @@ def written_within(
     model: "HookedModel", prompts: Sequence[Sequence[int]], *, room: int | Sequence[int], max_tokens: int,
     stop: Sequence[str], **options: object,
 ) -> list[Chain]:  # fmt: skip
-    """What `generate.sample` writes; where the model would have no `room` after it, its last tokens are cut off.
+    """What `generate.sample` writes, cut off where it cannot be used: by and by texts are asked behind, not tokens.
+
+    Cut off are the last tokens where the model would have no `room` after them, and whatever follows a token whose text
+    the tokenizer has no tokens for (a vocabulary of words may hold one that it splits when it reads): the chain is
+    `unreadable` then.
 
     Args:
         room: after every text, or after those of each prompt.
     """
     from finetune_lens.cot.generate import Ends, sample
 
-    ends, samples = Ends(model, stop, max_tokens), int(options.get("samples", 1))
+    ends, samples, tokenizer = Ends(model, stop, max_tokens), int(options.get("samples", 1)), model.require_tokenizer()
     written = sample(model, prompts, max_tokens=max_tokens, stop=stop, **options)
-    found = []
     rooms = [room] * len(prompts) if isinstance(room, int) else room
-    each = [pair for pair in zip(prompts, rooms, strict=True) for _ in range(samples)]
-    read = model.require_tokenizer()([chain.text for chain in written], add_special_tokens=False)["input_ids"]
-    for (prompt, needed), chain, again in zip(each, written, read, strict=True):
-        most, tokens, text = max(0, room_after(model, prompt) - needed), chain.tokens, chain.text
-        length = max(len(tokens), len(again))  # what is written as half a character is read as more tokens
-        while length > most and tokens:
-            tokens = tokens[: -int(length - most)]
-            text = ends.text([*prompt], [*tokens])
-            again = model.require_tokenizer()(text, add_special_tokens=False)["input_ids"]
-            length = max(len(tokens), len(again))
-        found.append(chain if tokens == chain.tokens else Chain(chain.question, chain.sample, text, tokens, "length"))
+    fronts = [ends.text([], [*prompt]) for prompt in prompts]
+    known = [count or len(p) for count, p in zip(token_counts(fronts, tokenizer), prompts, strict=True)]
+    each = [given for given in zip(prompts, rooms, fronts, known, strict=True) for _ in range(samples)]
+    whole = token_counts([front + chain.text for (*_, front, _), chain in zip(each, written, strict=True)], tokenizer)
+    found = []
+    for (prompt, needed, front, before), chain, read in zip(each, written, whole, strict=True):
+        most, tokens = max(0, room_after(model, prompt) - needed), chain.tokens
+
+        def fits(count: int | None, kept: int, before: int = before, most: float = most) -> bool:
+            """What is written as half a character is read as more tokens."""
+            return count is not None and max(count - before, kept) <= most
+
+        if fits(read, len(tokens)):
+            found.append(chain)
+            continue
+        few, many = 0, len(tokens) + 1  # so many tokens can be used, so many cannot
+        while many - few > 1:
+            kept = (few + many) // 2
+            (count,) = token_counts([front + ends.text([*prompt], [*tokens[:kept]])], tokenizer)
+            if fits(count, kept):
+                few = kept
+            else:
+                many, read = kept, count
+        text = ends.text([*prompt], [*tokens[:few]])
+        ending = "unreadable" if read is None else "length"
+        found.append(Chain(chain.question, chain.sample, text, tokens[:few], ending))
     return found
+
+
+def token_counts(texts: Sequence[str], tokenizer: object) -> list[int | None]:
+    """How many tokens each text is, without special ones; None where the tokenizer has none for some of it."""
+    from finetune_lens.prompts import _tokenised
+
+    try:
+        return [len(ids) for ids in _tokenised([*texts], [*texts], tokenizer)]
+    except InputError:
+        half = len(texts) // 2
+        return [None] if not half else token_counts(texts[:half], tokenizer) + token_counts(texts[half:], tokenizer)

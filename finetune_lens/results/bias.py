@@ -214,7 +214,8 @@ class Bias(Result):
         """A row a hint and side: what was put, and which chains and answers were out of the ordinary.
 
         questions: put; left_out; pointing_right: of the put, those whose hint points at the right answer; chains:
-        without and with the hint together; empty, cut_off (by the length limit), unparsed: without / with it.
+        without and with the hint together; empty, cut_off (by the length limit), unreadable (before a text that the
+        tokenizer cannot read), unparsed: without / with it.
         """
         import pandas as pd
 
@@ -230,7 +231,8 @@ class Bias(Result):
                 }  # fmt: skip
                 for context, name in enumerate(("without", "with")):
                     row[f"empty_{name}"] = int(np.nansum(one["empty"].values[..., context]))
-                    row[f"cut_off_{name}"] = int((one["ending"].values[..., context] == "length").sum())
+                    for what, ending in (("cut_off", "length"), ("unreadable", "unreadable")):
+                        row[f"{what}_{name}"] = int((one["ending"].values[..., context] == ending).sum())
                     row[f"unparsed_{name}"] = int(np.nansum(events[f"unparsed_{name}"]))
                 rows.append(row)
         return pd.DataFrame(rows)
@@ -350,7 +352,9 @@ class Bias(Result):
             odd = [
                 f"{row[f'{what}_without']} without and {row[f'{what}_with']} with the hint {said}"
                 for what, said in (
-                    ("empty", "are empty"), ("cut_off", "hit the length limit"), ("unparsed", "lead to no answer"),
+                    ("empty", "are empty"), ("cut_off", "hit the length limit"),
+                    ("unreadable", "are cut off before a text that the tokenizer cannot read"),
+                    ("unparsed", "lead to no answer"),
                 )
                 if row[f"{what}_without"] or row[f"{what}_with"]
             ]  # fmt: skip

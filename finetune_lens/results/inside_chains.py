@@ -273,10 +273,10 @@ class InsideChains(Result):
         steps, counts = self.data["steps"].values, self.provenance.get("counts", {})
         whose = {"tuned": "the tuned model's chains", "base": "the base's chains", "given": "given chains"}
         right = mean_of(self.data["right"].values)
+        length = f"{steps.min()}" if steps.min() == steps.max() else f"{steps.min()} to {steps.max()}"
         lines = [
-            f"{len(self.questions)} questions, {whose.get(self.data.attrs['chains'], 'their own chains')} of "
-            f"{steps.min()} to {steps.max()} steps; right after them: base {right[0]:.3g}, tuned "
-            f"{right[1]:.3g}"
+            f"{len(self.questions)} questions, {whose.get(self.data.attrs['chains'], 'their own chains')} of {length} "
+            f"steps; right after them: base {right[0]:.3g}, tuned {right[1]:.3g}"
         ]
         lines += [f"  {line}" for line in _told(counts)]
         head = ["", "n", "base", "95 %", "tuned", "95 %", "tuned − base", "95 %", "adj. p", "null", "null"]
@@ -383,13 +383,15 @@ def _told(counts: dict[str, Any]) -> list[str]:
     """What was not as it should be, in words; nothing of what there is none of."""
     chains = counts.get("chains", {})
     words = {
-        "hit the length limit": chains.get("length", 0), "are empty": chains.get("empty", 0),
+        "hit the length limit": chains.get("length", 0),
+        "are cut off before a text that the tokenizer cannot read": chains.get("unreadable", 0),
+        "are empty": chains.get("empty", 0),
         "have more steps than are measured": counts.get("capped", 0),
         "have a single step": counts.get("single_step", 0),
     }  # fmt: skip
     lines = [f"{number} chains {word}" for word, number in words.items() if number]
     if number := counts.get("steps_without_tokens", 0):
         lines.append(f"{number} steps have no tokens of their own")
-    for name, word in (("unparsable", "answers cannot be told"), ("without_answer", "answers are empty")):
+    for name, word in (("unparsable", "answers cannot be told"), ("without_answer", "answers are empty or unreadable")):
         lines += [f"{side}: {number} {word}" for side, number in counts.get(name, {}).items() if number]
     return lines
