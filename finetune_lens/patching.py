@@ -36,6 +36,7 @@ if TYPE_CHECKING:
     from finetune_lens.results.patching import Patching
 
 DIRECTIONS = ("denoising", "noising")
+FEW = 8  # prompts of which it is seen how embeddings enter the first block
 
 
 @recorded
@@ -153,7 +154,8 @@ def trace(
 
     Args:
         subject: the field of each prompt that holds its subject, a part of the prompt's text.
-        noise: standard deviation of the noise, in standard deviations of the subjects' embeddings.
+        noise: standard deviation of the noise, in standard deviations of the subjects' embeddings as the first block
+            reads them.
         copies: noised runs for each prompt, averaged.
         seed: of the noise.
 
@@ -200,7 +202,7 @@ def _noised(model: "HookedModel", encoded: Any, subjects: np.ndarray, noise: flo
 
     with torch.no_grad():
         embedded = model.module.get_input_embeddings()(encoded.ids.to(model.device)).float().cpu()
-    deviation = float(embedded[torch.from_numpy(subjects)].std())
+    deviation = float(embedded[torch.from_numpy(subjects)].std()) * _multiplier(model, encoded.rows(slice(FEW)))
     generator = torch.Generator().manual_seed(seed)
     added = torch.randn(embedded.shape, generator=generator) * noise * deviation
     added *= torch.from_numpy(subjects)[:, :, None]
@@ -210,6 +212,24 @@ def _noised(model: "HookedModel", encoded: Any, subjects: np.ndarray, noise: flo
         return [("blocks.0.hook_resid_pre", lambda x: x + here.to(x))]
 
     return edits
+
+
+def _multiplier(model: "HookedModel", encoded: Any) -> float:
+    """By how much embeddings are multiplied on their way into the first block, where the noise is added: 1 for most.
+
+    Of the same prompts with each token one place further, ⟨x − x′, e − e′⟩ / ‖e − e′‖²: positions cancel.
+    """
+    import torch
+
+    site, e, x = "blocks.0.hook_resid_pre", [], []
+    for ids in (encoded.ids, encoded.ids.roll(1, 1)):
+        run = model.run(ids, mask=encoded.mask, capture=[site], logits_at=encoded.read_at[:, :1])
+        x.append(run.cache[site].double())
+        with torch.no_grad():
+            e.append(model.module.get_input_embeddings()(ids.to(model.device)).to(x[-1]))
+    apart, moved = ((one - other)[encoded.mask] for one, other in (e, x))
+    square = float(apart.square().sum())
+    return float((moved * apart).sum()) / square if square else 1.0
 
 
 def main() -> None:

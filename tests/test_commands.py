@@ -313,6 +313,25 @@ def options_of(name):
     return found
 
 
+def helps_of(name):
+    """The help of every argument and option, and what the command says of itself, of every subcommand."""
+    apps = []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(typer.Typer, "__call__", lambda app, **_: apps.append(app))
+        importlib.import_module(listing._home(name)).main()
+    found = typer.main.get_command(apps[0])
+    for each in getattr(found, "commands", {"": found}).values():
+        yield each, [each.help or "", *(p.help or "" for p in each.params)]
+
+
+def test_a_help_names_options_that_there_are():
+    for name in listing.COMMANDS:
+        for each, helps in helps_of(name):
+            known = {option for p in each.params for option in (*p.opts, *p.secondary_opts)} | {"--help"}
+            named = set(re.findall(r"--[a-z][a-z-]*", " ".join(helps)))
+            assert named <= known, name
+
+
 def test_an_option_is_of_one_type_everywhere_and_every_analysis_has_the_common_ones():
     found = {name: options_of(name) for name in listing.COMMANDS if name not in ("zoo", "demo")}
     kinds = {}

@@ -1,5 +1,6 @@
 """Grafts: the score update against autograd, planted entries found, masks of the same size, continuation."""
 
+import inspect
 import json
 import re
 
@@ -440,6 +441,13 @@ def test_labels(folder):
         graft(pair, several, objective="labels")
 
 
+def test_published_defaults():
+    """Panigrahi et al. 2023: the base mask, the examples of a step, b; and 10 to 100 steps."""
+    given = {name: p.default for name, p in inspect.signature(graft).parameters.items()}
+    assert (given["sparsity"], given["examples"], BIAS) == (1e-5, 1024, 10)
+    assert 10 <= given["steps"] <= 100
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
@@ -464,7 +472,7 @@ def test_bad_options(folder, options, message):
 
 
 def test_what_cannot_be_grafted_leaves_nothing_behind(folder, tmp_path):
-    options = {"progress": False, "partial": tmp_path / "partial", "files": tmp_path / "files"}
+    options = {"sparsity": 0.05, "progress": False, "partial": tmp_path / "partial", "files": tmp_path / "files"}
     with pytest.raises(InputError, match="do not differ in any weight of a block"):
         graft(ModelPair.load(folder / "base", folder / "base"), folder / "fit.jsonl", **options)
     broken = {

@@ -568,6 +568,18 @@ def test_the_rank_of_the_update_is_not_that_of_its_rounding():
         assert int(measured.data.delta_rank[0]) == 1
 
 
+def test_the_nulls_of_an_update_below_the_bound_of_rounding_keep_its_energy():
+    """A full update in bfloat16 beside a base of one large σ: the nulls are those of the same numbers in float32."""
+    generator = torch.Generator().manual_seed(0)
+    u, v = (torch.nn.functional.normalize(torch.randn(96, generator=generator), dim=0) for _ in range(2))
+    base = (torch.randn(96, 96, generator=generator) / 96**0.5 + 120 * torch.outer(u, v)).bfloat16()
+    tuned = (base.float() + 0.4 * torch.randn(96, 96, generator=generator) / 96**0.5).bfloat16()
+    half, single = find(base, tuned, null_draws=3), find(base.float(), tuned.float(), null_draws=3)
+    assert int(half.data.delta_rank[0]) < 10
+    assert int(single.data.delta_rank[0]) == 96
+    assert np.array_equal(half.data.null_max_cos, single.data.null_max_cos)
+
+
 def test_relative_gaps_and_their_flag():
     gaps = linalg.relative_gaps(torch.tensor([4.0, 2.0, 1.98, 0.5], dtype=torch.float64))
     assert gaps.tolist() == pytest.approx([0.5, 0.01, 0.02 / 1.98, 1.48 / 0.5])

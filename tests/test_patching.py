@@ -334,6 +334,22 @@ def test_the_noise(model):
     np.testing.assert_allclose(apart.data.prob.mean("example"), together.data.prob.isel(example=0), atol=1e-6)
 
 
+def test_the_noise_where_embeddings_are_multiplied():
+    """Granite's enter the first block 12 times as large, and so does their noise."""
+    import transformers
+
+    sizes = {"vocab_size": len(LETTERS), "hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 1}
+    heads = {"num_attention_heads": 2, "num_key_value_heads": 2, "bos_token_id": 1, "eos_token_id": 2}
+    module = transformers.GraniteForCausalLM(transformers.GraniteConfig(**sizes, **heads, embedding_multiplier=12.0))
+    model = HookedModel(module.eval(), letters())
+    encoded = encode(read_prompts(subjects()[:2]), model.tokenizer).rows(np.repeat([0, 1], 500))
+    where = np.zeros((1000, 6), bool)
+    where[:, 1:3] = True
+    [(site, edit)] = _noised(model, encoded, where, 3.0, 0)(np.arange(1000))
+    read = model.run(encoded.ids, capture=[site]).cache[site][:, 1:3]
+    assert float(edit(torch.zeros(1000, 6, 32))[:, 1:3].std()) == pytest.approx(3 * float(read.std()), rel=0.02)
+
+
 def sentencepiece() -> Any:
     """A word a token, its space in it and lost when the token is decoded alone; bytes for what it does not know."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers

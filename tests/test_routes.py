@@ -171,6 +171,20 @@ def test_leading_pairs_have_true_bounds(p):
     assert np.all(found.error.numpy() < 1e-3)
 
 
+@pytest.mark.parametrize("route", ["cached", "certified"])
+def test_the_last_vector_has_known_neighbours(route):
+    """Iterated to the 10th, that one's gap is still to both sides: here the 11th σ is nearer than the 9th."""
+    generator = torch.Generator().manual_seed(2)
+    base = torch.randn(420, 420, generator=generator, dtype=torch.float64) / 420**0.5
+    update = tuple(
+        0.1 * torch.randn(*shape, generator=generator, dtype=torch.float64) for shape in ((420, 4), (4, 420))
+    )
+    found = linalg.compare(base, None, update, ranks=10, sides=("left",), judged=10, route=route, **OPTIONS)
+    exact = linalg.relative_gaps(torch.linalg.svdvals(base + update[0] @ update[1]))[:10]
+    assert found.route == route
+    assert torch.allclose(linalg.relative_gaps(found.tuned_values)[:10], exact, rtol=1e-6)
+
+
 def test_repeated_values_are_not_counted_by_iteration():
     """Twenty equal values at the top: a block of 14 finds 14 of them and must not take these for all."""
     values = torch.cat([torch.full((20,), 4.0), torch.linspace(1, 0, 180)]).to(torch.float64)

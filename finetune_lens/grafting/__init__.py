@@ -48,7 +48,7 @@ def graft(
     prompts: Any,
     *,
     evaluate: Mapping[str, Any] | None = None,
-    sparsity: float | Sequence[float] = 1e-4,
+    sparsity: float | Sequence[float] = 1e-5,
     step: float = 100.0,
     rate: float | None = None,
     steps: int = 30,
@@ -73,8 +73,8 @@ def graft(
         pair: base and tuned; the base has to run.
         prompts: the examples that the mask is trained and chosen on: JSONL file, or a list of prompts.
         evaluate: name → prompts on which it is measured: held out from the task, or of another distribution.
-        sparsity: share of the blocks' entries in the base mask; several are a sweep, a search each. How many entries
-            the graft itself has is an outcome.
+        sparsity: share of the blocks' entries in the base mask, by default the published one; several are a sweep, a
+            search each. How many entries the graft itself has is an outcome.
         step: of the scores, in the norm ‖S‖ at the start; the learning rate is step / (1e-4·‖g⊙Δ‖), see `search`.
         rate: the learning rate itself (the paper's script has 1e7).
         steps: updates of the scores; the base mask is looked at before the first.
@@ -142,10 +142,11 @@ def main() -> None:
         ood: Annotated[list[Path], typer.Option("--ood", help="JSONL of another distribution; may be repeated.")] = [],  # noqa: B006
         sparsity: Annotated[
             str, typer.Option(help="Share of the entries in the base mask; 1e-5,1e-4 is a sweep.")
-        ] = "1e-4",
+        ] = "1e-5",
         step: Annotated[float, typer.Option("--step-size", help="Of the scores, relative to ‖g⊙Δ‖.")] = 100.0,
         rate: Annotated[
-            float | None, typer.Option(help="The learning rate itself.  [default: from --step]", show_default=False)
+            float | None,
+            typer.Option(help="The learning rate itself.  [default: from --step-size]", show_default=False),
         ] = None,
         steps: Annotated[int, typer.Option(help="Updates of the scores.")] = 30,
         examples: Annotated[int, typer.Option(help="Examples whose gradient is averaged in a step.")] = 1024,

@@ -52,6 +52,7 @@ __all__ = ["find_intruders", "main", "scale_intruders"]
 NULLS = ("evenly", "spectrum")
 WHOLE_UP_TO = 1024  # order of the matrices of which all vectors are looked at by default
 FIRST = 64  # and how many in larger ones
+NO_ENERGY = 1e-4  # share of ‖Δ‖² that the null with Δ's own singular values may leave out
 
 
 @recorded
@@ -230,9 +231,7 @@ def _measure(
         smallest = max(2 * matrix.unit_roundoff * float(base_values[0]), p * linalg.EPS * float(delta_values[0]))
         delta_rank, effective_rank = int((delta_values > smallest).sum()), linalg.effective_rank(delta_values)
     if not unchanged and null_draws:
-        kept = delta_values[: max(delta_rank, 1)]
-        even = torch.full_like(kept, delta_norm / len(kept) ** 0.5)
-        for n, values in enumerate((even, kept)):
+        for n, values in enumerate(_null_values(delta_values, delta_norm, delta_rank)):
             for draw in range(null_draws):
                 cosines = linalg.null_max_cos(
                     base_values, values, shape, k=null_max_cos.shape[-1], sides=sides,
@@ -259,6 +258,21 @@ def _measure(
     row["best_base_rank"] = np.stack([found.matches[s].best.cpu().numpy() + 1.0 for s in sides])
     row["certified"] = np.stack([found.certified[s].cpu().numpy().astype(np.float32) for s in sides])
     return row, found.leading
+
+
+def _null_values(values: "torch.Tensor", norm: float, rank: int) -> "tuple[torch.Tensor, torch.Tensor]":
+    """The singular values of the two nulls: Δ's norm spread evenly over its rank, and Δ's own.
+
+    The `rank` values above what rounding can make stand for Δ where they hold its energy. In half precision they may
+    not: the bound of rounding is relative to the base's largest σ, and a whole update may lie below it.
+    """
+    import torch
+
+    energy = (values / values[0]).square()
+    below = float(energy[rank:].sum() / energy.sum())
+    own = values if below > NO_ENERGY else values[:rank]
+    rank = rank if below < 0.5 else len(own)
+    return torch.full_like(own[:rank], norm / rank**0.5), own
 
 
 def _trace(variants: "Variants", *, store: "linalg.BasisCache | None", **options: Any) -> "Row":

@@ -141,7 +141,8 @@ def leading(
         noise = max(noise_per_scale * float(values[0]), noise_at_least)
         if residuals[k - 1] > 1e-3 * values[0]:
             continue
-        for wanted in range(k, min(k + EXTRA, len(values))):  # the edge lies where the spectrum has a gap
+        # The edge lies where the spectrum has a gap, and beyond the k-th, whose neighbours are to be known.
+        for wanted in [*range(k + 1, min(k + EXTRA, len(values))), *([k] if space.full else [])]:
             found = certain(values, residuals, wanted, noise)
             if found is None:
                 continue

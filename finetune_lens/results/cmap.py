@@ -16,7 +16,7 @@ class CrossPatching(Patching):
     """What `cross_patch` measured: a `Patching` whose directions are tuned→base and base→tuned, and its controls.
 
     - random_M (direction, …, example): the effect with the donor run on another prompt;
-    - self_donor (direction): the largest change of a logit when a run is patched with itself, everywhere at once.
+    - self_donor (direction): the largest change of a metric when a run is patched with itself, everywhere at once.
     """
 
     kind = "cmap"
