@@ -112,13 +112,16 @@ def test_more_than_chance_is_said_only_beyond_the_null(found):
     result = found["intruders"]
     own = result.headline()["left"]
     assert own["intruders"] <= own["null"]["spectrum"]["high"]
-    assert "intruder dimensions (ε = 0.5), no more than chance" in text({"intruders": result})
+    assert text({"intruders": result}).startswith(
+        f"Intruder dimensions (ε = 0.5) of the tuned weights: {own['intruders']} "
+    )
+    assert "left singular vectors, no more than chance" in text({"intruders": result})
     loud = type(result)(result.data.copy())
     for name in ("headline",):
         head = getattr(result, name)()
         head["left"]["intruders"] = int(head["left"]["null"]["spectrum"]["high"]) + 1
         loud.headline = lambda head=head: head
-    assert ", more than chance" in text({"intruders": loud})
+    assert "left singular vectors, more than chance" in text({"intruders": loud})
 
 
 def test_an_effect_of_the_head_on_any_prompt_is_not_taken_for_the_task(found):
@@ -167,7 +170,8 @@ def test_a_failed_gate_leads_the_verdict_and_ends_the_run(tmp_path, monkeypatch,
     command(FOLDER / "base", FOLDER / "lora", "--prompts", PROMPTS, "--out", out, "--no-plots", code=1)
     said = capsys.readouterr()
     assert said.out.splitlines()[1].startswith("The trust gate FAILED: FAIL     padding (tuned): 0.8")
-    assert "not run, outputs: the trust gate failed: FAIL     padding" in said.out
+    absent = next(line for line in said.out.splitlines() if ": the trust gate failed: FAIL     padding" in line)
+    assert absent.startswith("not run, outputs, interpolation, ")
     assert "check failed: the trust gate" in said.err
     assert "<b>pad</b>" not in (out / "report.html").read_text()
 
@@ -201,8 +205,44 @@ def test_without_prompts_the_models_write_texts_themselves():
     execution = {"device": "auto", "dtype": "auto", "limit": None, "batch_size": None, "progress": False}
     both = course.Texts(course.Inputs(pair, "b", "t", execution=execution), None)
     assert both.objective == "text"
-    assert [t["id"] for t in both.measured] == [t["id"] for t in texts if t["id"].startswith("tuned")]
+    ((name, measured),) = both.measured.items()
+    assert [t["id"] for t in measured] == [t["id"] for t in texts if t["id"].startswith("tuned")]
     assert both.read == texts
+    path = fl.interpolate(pair, both.measured, alphas=(0, 1), by="layer", objective="text", progress=False)
+    said = text({"interpolation": path})
+    assert f"in log-probability (nats a token) on the tuned model's {name}, the update of layer" in said, (
+        "whose texts, and of what unit"
+    )
+
+
+def test_answers_of_several_tokens_are_scored_whole(tmp_path, capsys, quick):
+    rows = [json.loads(line) for line in PROMPTS.read_text().splitlines()[:6]]
+    for row in rows:  # two letters, of which the tokenizer makes two tokens
+        row |= {"answer": row["answer"] + "b", "wrong": row["wrong"] + "b"}
+    prompts = tmp_path / "prompts.jsonl"
+    prompts.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    command(FOLDER / "base", FOLDER / "lora", "--prompts", prompts, "--out", tmp_path / "r", "--json", "--no-plots")
+    record = json.loads(capsys.readouterr().out)
+    assert {"check", "outputs", "patching-base", "cmap"} <= set(record["results"])
+    assert set(record["skipped"]) == {"cot", "bias", "inside_chains"}
+    assert record["results"]["cmap"]["metric"] == "logprob"
+    markup = (tmp_path / "r" / "report.html").read_text()
+    assert f"finetune_lens.outputs {FOLDER / 'base'} {FOLDER / 'lora'} {prompts} --whole-answer<" in markup
+    pair, items = fl.ModelPair.load(FOLDER / "base", FOLDER / "lora"), {"whole_answer": True, "check": False}
+    alone = fl.compare_outputs(pair, prompts, progress=False, **items)
+    assert record["results"]["outputs"]["measures"] == alone.headline()["measures"]
+
+
+def test_without_a_gate_nothing_is_run_on_trust(tmp_path, monkeypatch, capsys, quick):
+    def broken(*_, **__):
+        raise InputError("no reading")
+
+    monkeypatch.setattr(fl, "check_pair", broken)
+    command(FOLDER / "base", FOLDER / "lora", "--prompts", PROMPTS, "--out", tmp_path / "r", "--json", "--no-plots")
+    record = json.loads(capsys.readouterr().out)
+    assert set(record["results"]) == {"updates", "intruders"}
+    assert record["skipped"]["check"] == "no reading"
+    assert record["skipped"]["cmap"] == "the trust gate could not be run"
 
 
 def test_an_interrupted_report_continues(tmp_path, monkeypatch, quick):
@@ -326,11 +366,21 @@ def test_the_page_is_whole_and_loads_nothing(made):
     assert "default-src 'none'" in markup
     assert not re.search(r"@import|url\((?!#|\"#|'#|data:)", markup)
     for name in [*NAMES, "cot"]:
+        assert f'id="{name}"' in markup
+    for name in [*NAMES, "not-run"]:
         assert f'<section id="{name}"' in markup
         assert f'href="#{name}"' in markup
-    assert "Not run: no questions were given (--questions)." in markup
+    assert markup.count("no questions were given (--questions)") == 1, "a reason is told once for all it concerns"
+    absent = re.sub("<[^>]+>", "", markup.partition('id="not-run-title"')[2])
+    assert "Chain of thought, Bias and hints, Inside the chain: no questions were given (--questions)" in absent
     assert "python -m finetune_lens.intruders" in markup
     assert fl.load(made / "updates.nc").provenance["finished"] in markup
+
+
+def test_a_caption_is_the_whole_paragraph(made):
+    captions = re.findall("<figcaption>(.*?)</figcaption>", (made / "report.html").read_text(), re.DOTALL)
+    assert all(caption.endswith(".") and "`" not in caption and "the axes" not in caption for caption in captions)
+    assert any("the colours end at 1 and at 0" in caption for caption in captions)
 
 
 def test_texts_of_the_results_cannot_become_markup(found, tmp_path):

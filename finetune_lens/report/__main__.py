@@ -18,8 +18,8 @@ def main() -> None:
     from finetune_lens.command import CheckFailed, OutputFolder, Running, run
 
     def report(
-        base: Annotated[str | None, typer.Argument(metavar="[BASE]", help="Base model.", show_default=False)] = None,
-        tuned: Annotated[str | None, typer.Argument(metavar="[TUNED]", help="Tuned model.", show_default=False)] = None,
+        base: Annotated[str | None, typer.Argument(metavar="BASE", help="Base model.", show_default=False)] = None,
+        tuned: Annotated[str | None, typer.Argument(metavar="TUNED", help="Tuned model.", show_default=False)] = None,
         *,
         prompts: Annotated[
             Path | None, typer.Option(help="JSONL: prompt, answer, wrong, corrupt.", show_default=False)
@@ -48,6 +48,7 @@ def main() -> None:
         """One HTML page: what fine-tuning did to this model, from every analysis that the inputs allow."""
         from finetune_lens.report import verdict, write_report
         from finetune_lens.report.course import Inputs, examine
+        from finetune_lens.report.page import reasons
 
         out = Path("runs", "report") if common.out is None else common.out
         target = out / "report.html"
@@ -84,7 +85,8 @@ def main() -> None:
             record |= {"results": {n: r.headline() for n, r in found.results.items()}, "skipped": found.skipped}
             print(json.dumps(record, ensure_ascii=False, allow_nan=False))
         else:
-            print("\n".join([*sentences, *(f"not run, {step}: {why}" for step, why in found.skipped.items())]))
+            absent = [f"not run, {', '.join(names)}: {why}" for why, names in reasons(found.skipped).items()]
+            print("\n".join([*sentences, *absent]))
             common.say(f"the page is {target}")
         failed = [r for r in found.results.values() if r.kind == "check" and not r.passed]
         if failed:

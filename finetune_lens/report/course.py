@@ -11,14 +11,16 @@ Nothing is left out in silence: what does not run has its reason beside it.
 import hashlib
 import json
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from finetune_lens.errors import GateFailed, InputError
+from finetune_lens.report.verdict import OWN_TEXTS
 
 if TYPE_CHECKING:
     from finetune_lens.pair import ModelPair
+    from finetune_lens.prompts import Prompt
     from finetune_lens.results import Result
 
 TEXTS, TEXT_TOKENS = 64, 48  # what the models write themselves where no texts are given, half of them each
@@ -63,7 +65,7 @@ class Step:
     run: "Callable[..., Result]"
     lacks: str | None = None
     needs_model: bool = True
-    command: str = ""
+    command: str = ""  # empty where no command line gives the same
     module: str = ""
 
 
@@ -98,10 +100,13 @@ def examine(inputs: Inputs, *, partial: Path | None = None) -> Examined:
                     _save(result, file)
         except (InputError, GateFailed) as error:
             found.skipped[step.name] = str(error)
+            if step.name == "check":
+                stop = "the trust gate could not be run"
             continue
         found.results[step.name] = result
         name = step.module or step.name.partition("-")[0]
-        found.commands[step.name] = f"python -m finetune_lens.{name} {step.command}"
+        if step.command:
+            found.commands[step.name] = f"python -m finetune_lens.{name} {step.command}"
         stop = stop or _reason_to_stop(result, inputs.pair)
     return found
 
@@ -175,13 +180,18 @@ def steps(inputs: Inputs) -> Iterator[Step]:
     no_prompts = no_model or ("" if asked else "no prompts were given (--prompts)")
     with_check = {name: value for name, value in seeded.items() if name not in ("batch_size", "limit")}
     yield Step(
-        "check", lambda partial: fl.check_pair(pair, asked, **with_check), no_model, True,
+        "check", lambda partial: fl.check_pair(pair, _unanswered(asked), **with_check), no_model, True,
         f"{sides}{_given(inputs.prompts)}",
     )  # fmt: skip
     trusted = {"check": False}
+    scored = {"metric": "logprob", "whole_answer": False} if no_prompts else _scored(inputs, asked)
+    whole = {"whole_answer": scored["whole_answer"]}
+    whole_flag = " --whole-answer" if scored["whole_answer"] else ""
+    flags = f"{' --metric logprob' if scored['metric'] == 'logprob' else ''}{whole_flag}"
     yield Step(
-        "outputs", lambda partial: fl.compare_outputs(pair, asked, partial=partial, **run, **trusted), no_prompts, True,
-        f"{sides}{_given(inputs.prompts)}",
+        "outputs",
+        lambda partial: fl.compare_outputs(pair, asked, partial=partial, **whole, **run, **trusted), no_prompts, True,
+        f"{sides}{_given(inputs.prompts)}{whole_flag}",
     )  # fmt: skip
 
     texts = Texts(inputs, asked)
@@ -190,12 +200,12 @@ def steps(inputs: Inputs) -> Iterator[Step]:
         lambda partial: fl.interpolate(
             pair, texts.measured, by="layer", objective=texts.objective, partial=partial, **seeded
         ),
-        no_model, True, f"{sides} {texts.named} --by layer",
+        no_model, True, f"{sides} {texts.named} --by layer" if texts.named else "",
     )  # fmt: skip
     yield Step(
         "representations",
         lambda partial: fl.compare_representations(pair, texts.read, partial=partial, **seeded, **trusted),
-        no_model, True, f"{sides} {texts.named}",
+        no_model, True, f"{sides} {texts.named}" if texts.named else "",
     )  # fmt: skip
 
     lacks_corrupt = no_prompts or (
@@ -205,18 +215,18 @@ def steps(inputs: Inputs) -> Iterator[Step]:
         yield Step(
             f"patching-{side}",
             lambda partial, side=side: fl.patch(
-                _model(inputs, side), asked, **_with(asked), align="right", partial=partial, **run
+                _model(inputs, side), asked, **scored, align="right", partial=partial, **run
             ),
             lacks_corrupt, True,
-            f"{name}{_given(inputs.prompts)} --align right{_flags(asked)}",
+            f"{name}{_given(inputs.prompts)} --align right{flags}",
         )  # fmt: skip
     yield Step(
         "cmap",
         lambda partial: fl.cross_patch(
-            pair, asked, **_with(asked), method=_method(inputs), align="right", partial=partial, **seeded, **trusted
+            pair, asked, **scored, method=_method(inputs), align="right", partial=partial, **seeded, **trusted
         ),
         no_prompts or ("" if all(p.answer for p in asked or ()) else "not every prompt has an answer"), True,
-        f"{sides}{_given(inputs.prompts)} --align right{_flags(asked)}",
+        f"{sides}{_given(inputs.prompts)} --align right{flags}",
     )  # fmt: skip
     formatted = f" --format {inputs.format}" if inputs.format else ""
     no_questions = no_model or ("" if inputs.questions else "no questions were given (--questions)")
@@ -233,13 +243,21 @@ def _given(path: Path | None) -> str:
     return f" {path}" if path else ""
 
 
-def _with(prompts: Sequence[Any] | None) -> dict[str, Any]:
-    """The metric: logit difference where every prompt names a wrong answer, else log-probability."""
-    return {"metric": "logit_diff" if all(p.wrong for p in prompts or ()) else "logprob"}
+def _scored(inputs: Inputs, prompts: "Sequence[Prompt]") -> dict[str, Any]:
+    """How answers are scored: whole where a token does not do; else by logit difference where all have a wrong one."""
+    from finetune_lens.prompts import encode
+
+    tokenizer = _model(inputs, "base").require_tokenizer()
+    try:
+        encode(prompts, tokenizer, need_answer=False)
+    except InputError:
+        return {"metric": "logprob", "whole_answer": True}
+    return {"metric": "logit_diff" if all(p.wrong for p in prompts) else "logprob", "whole_answer": False}
 
 
-def _flags(prompts: Sequence[Any] | None) -> str:
-    return "" if all(p.wrong for p in prompts or ()) else " --metric logprob"
+def _unanswered(prompts: "Sequence[Prompt] | None") -> "list[Prompt] | None":
+    """The texts alone, for what scores no answers."""
+    return None if prompts is None else [replace(p, answer=(), wrong=()) for p in prompts]
 
 
 def _cannot_run(inputs: Inputs) -> str:
@@ -294,7 +312,7 @@ class Texts:
         measured: prompts where there are any with answers, else the texts.
         objective: of the interpolation.
         read: texts.
-        named: as a command line names them.
+        named: as a command line names them; empty where no file has them.
     """
 
     def __init__(self, inputs: Inputs, prompts: Sequence[Any] | None):
@@ -304,15 +322,16 @@ class Texts:
         self.objective = "auto" if answered else "text"
         self._answered = answered
         given = inputs.prompts if prompts and not inputs.texts else inputs.texts
-        self.named = str(given) if given else "TEXTS"
+        self.named = str(given) if given else ""
 
     @property
     def measured(self) -> Any:
         """Of the models' own texts those of the tuned model: how it writes is what has been learnt."""
         if self._answered:
             return self._prompts
-        own = self._prompts is None and self._inputs.texts is None
-        return [text for text in self.read if not own or text["id"].startswith("tuned")]
+        if self._prompts is None and self._inputs.texts is None:
+            return {OWN_TEXTS: [text for text in self.read if text["id"].startswith("tuned")]}
+        return self.read
 
     @property
     def read(self) -> Any:
@@ -320,7 +339,7 @@ class Texts:
             from finetune_lens.representations import read_texts
 
             return read_texts(self._inputs.texts, limit=self._inputs.execution["limit"])
-        return self._prompts or self._written()
+        return _unanswered(self._prompts) or self._written()
 
     def _written(self) -> list[dict[str, str]]:
         if self._own is None:

@@ -49,7 +49,6 @@ class Section:
     call: str = ""
     facts: dict[str, str] = field(default_factory=dict)
     record: str = ""
-    reason: str = ""  # why it is not there
 
 
 def page(
@@ -69,7 +68,7 @@ def page(
     import jinja2
 
     sections = [section(name, result, (commands or {}).get(name, ""), figures) for name, result in results.items()]
-    sections += [Section(name, _about(name), reason=reason) for name, reason in (skipped or {}).items()]
+    absent = {why: [(name, _about(name).title) for name in names] for why, names in reasons(skipped or {}).items()}
     here = files("finetune_lens.report")
     environment = jinja2.Environment(
         autoescape=True, trim_blocks=True, lstrip_blocks=True, undefined=jinja2.StrictUndefined
@@ -77,10 +76,18 @@ def page(
     environment.filters["anchor"] = anchor
     template = environment.from_string(here.joinpath("page.html").read_text(encoding="utf-8"))
     return template.render(
-        title=title, sections=sections, verdict=_paragraph(verdict(results)), sources=_sources(results),
+        title=title, sections=sections, absent=absent, verdict=_paragraph(verdict(results)), sources=_sources(results),
         style=here.joinpath("page.css").read_text(encoding="utf-8"),
         script=here.joinpath("page.js").read_text(encoding="utf-8"), shown=SHOWN,
     )  # fmt: skip
+
+
+def reasons(skipped: Mapping[str, str]) -> dict[str, list[str]]:
+    """Names by the reason why they are not there."""
+    found: dict[str, list[str]] = {}
+    for name, reason in skipped.items():
+        found.setdefault(reason, []).append(name)
+    return found
 
 
 def _paragraph(sentences: list[Sentence]) -> list[Sentence]:
@@ -144,12 +151,13 @@ def _close(figure: "Figure") -> None:
 
 
 def _caption(make: Any, title: str) -> str:
-    """The first line of the drawing function's docstring."""
+    """The first paragraph of the drawing function's docstring, without what is for who calls it."""
     function = make.args[0] if isinstance(make, partial) and make.args else make
     while isinstance(function, partial):
         function = function.func
-    line = (function.__doc__ or "").strip().splitlines()
-    return line[0] if line else title.replace("_", " ").capitalize() + "."
+    words = " ".join((function.__doc__ or "").partition("\n\n")[0].split())
+    words = words.removesuffix(" Returns the axes.").replace("`", "")
+    return words or title.replace("_", " ").capitalize() + "."
 
 
 def anchor(name: str) -> str:

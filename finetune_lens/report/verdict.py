@@ -14,6 +14,7 @@ if TYPE_CHECKING:
 
 NO_CHANGE = "Nothing changed"
 ALIKE = 0.99  # CKA
+OWN_TEXTS = "own texts"  # what the tuned model wrote itself
 LEADING = ("outputs", "updates", "interpolation", "cot")
 
 
@@ -93,23 +94,17 @@ def _where(changed: "pd.DataFrame") -> str:
 
 def _intruders(result: "Result") -> list[str]:
     head = result.headline()
-    sentences = []
+    said = []
     for side in result.sides:
         own, total = head[side], int(result.table("all", side=side)["vectors"].item())
-        text = (
-            f"{own['intruders']} of the {total} leading {side} singular vectors of the tuned weights are intruder "
-            f"dimensions (ε = {head['epsilon']:g})"
-        )
         null = (own.get("null") or {}).get("spectrum")
         if null is None:
-            sentences.append(f"{text}; no null was drawn, so chance may give as many.")
+            beside = "without a null, so that chance may give as many"
         else:
             more = "more than" if own["intruders"] > null["high"] else "no more than"
-            sentences.append(
-                f"{text}, {more} chance gives an update of this spectrum ({null['mean']:.1f} [{null['low']:.0f}, "
-                f"{null['high']:.0f}])."
-            )
-    return sentences
+            beside = f"{more} chance gives ({null['mean']:.1f} [{null['low']:.0f}, {null['high']:.0f}])"
+        said.append(f"{own['intruders']} of the {total} leading {side} singular vectors, {beside}")
+    return [f"Intruder dimensions (ε = {head['epsilon']:g}) of the tuned weights: {'; '.join(said)}."]
 
 
 def _check(result: "Result") -> list[str]:
@@ -174,14 +169,21 @@ def _interpolation(result: "Result") -> list[str]:
         up = gain["gain"] > 0
         alone, without = (rows.loc[(rows[name] * (1 if up else -1)).idxmax()] for name in ("alone", "without"))
         sentences.append(
-            f"Where: of the {'gain' if up else 'drop'} of {gain['gain']:+.2f} in {_metric(metric)}, the update of "
-            f"{_group(result, alone['group'])} alone brings {_ends(alone, 'alone')}, and without that of "
+            f"Where: of the {'gain' if up else 'drop'} of {gain['gain']:+.2f} in {_measured(result, file, metric)}, "
+            f"the update of {_group(result, alone['group'])} alone brings {_ends(alone, 'alone')}, and without that of "
             f"{_group(result, without['group'])} {_ends(without, 'without')} of it {'is lost' if up else 'goes'}."
         )
     barrier = next((r for r in result.headline()["barrier"] if r["file"] == file and r["measure"] == "loss"), None)
     if barrier:
         sentences.append(f"On the straight path from base to tuned the loss shows {_article(barrier['verdict'])}.")
     return sentences
+
+
+def _measured(result: "Result", file: str, metric: str) -> str:
+    """The metric with its unit, and what it was measured on where that has a name."""
+    per = " a token" if str(result.data["objective"].sel(file=file).item()) == "text" else ""
+    unit = f" (nats{per})" if metric == "logprob" else ""
+    return f"{_metric(metric)}{unit}" + (" on the tuned model's own texts" if file == OWN_TEXTS else "")
 
 
 def _article(verdict: str) -> str:
