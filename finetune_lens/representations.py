@@ -93,7 +93,7 @@ def compare_representations(
 
     Raises:
         InputError: no texts or fewer than five, tokenizers that read them differently, an unknown site or pool, a null
-            model of another depth.
+            model of another depth, activations that hold NaN or Inf.
         GateFailed: the trust gate found this pair unsafe to compare.
     """
     import torch
@@ -124,9 +124,11 @@ def compare_representations(
     def read(model: "HookedModel", names: list[str], name: str) -> "Features":
         folder = partial / name.replace(" ", "-") if partial else None
         with tqdm(total=len(items), desc=f"texts, {name}", disable=not progress, dynamic_ncols=True) as bar:
-            return collect(
+            found = collect(
                 model, encoded, names, columns=columns, pool=pool, folder=folder, batch_size=batch_size, tick=bar.update
             )
+        require_finite(found, name)
+        return found
 
     others = {}
     for number, source in enumerate(null, 1):
@@ -197,6 +199,18 @@ def own_columns(encoded: "Encoded") -> "torch.Tensor":
     own = encoded.text_columns
     later = own & (encoded.mask.cumsum(1) > 1)
     return later | (own & ~later.any(1, keepdim=True))
+
+
+def require_finite(features: "Features", model: str) -> None:
+    """Raise InputError where activations hold NaN or Inf."""
+    for site, values in features.arrays.items():
+        broken = ~np.isfinite(values.reshape(len(values), -1)).all(1)
+        if broken.any():
+            first = int(features.example[broken.argmax()]) + 1
+            raise InputError(
+                f"the {model} model's activations at {site} hold NaN or Inf in {broken.sum()} of {len(values)} rows "
+                f"(first: text {first}); a wider dtype (--dtype float32) may help"
+            )
 
 
 @dataclass(frozen=True)

@@ -5,9 +5,10 @@ is a function of the step alone, so a run is decided by its arguments and nothin
 for bit holds on one machine with one number of threads.
 
 A loss or a gradient that is not finite ends the run before it is applied, and the model goes back to where it last was
-good (`Diverged`).
+good (`Diverged`). After the last step the loss on its batch is looked at once more.
 
-Cost: that of the forward and backward passes; a checkpoint holds the trainable parameters and the optimizer's state.
+Cost: that of the forward and backward passes; a checkpoint holds the trainable parameters, as they are and as they last
+were good, and the optimizer's state.
 Memory: model, gradient and optimizer's state, and a copy of the trainable parameters.
 
 >>> import torch
@@ -40,6 +41,7 @@ from tqdm.auto import tqdm
 from finetune_lens.files import whole_file
 
 Batch = Mapping[str, torch.Tensor]
+FORMAT = 2  # of checkpoints
 
 
 @dataclass(frozen=True)
@@ -61,7 +63,7 @@ class Diverged(FloatingPointError):
     """The loss or the gradient of a step was not finite.
 
     Attributes:
-        step: that step; it was not taken.
+        step: that step; it was not taken. The number of steps, where the last one led there.
         kept: how many steps the model has had now: those until the last evaluation that a finite step followed.
         run: up to `step`.
     """
@@ -139,7 +141,7 @@ def train(
     identity = ""
     if checkpoint is not None:
         settings = (steps, learning_rate, schedule, warmup, weight_decay, optimizer, momentum, l1, clip)
-        settings += (seed, target, sorted(due))
+        settings += (seed, target, sorted(due), FORMAT)
         identity = _identity(settings, list(trainable), model, batch(0, np.random.default_rng([seed, 0])))
         if checkpoint.exists():
             saved = torch.load(checkpoint, weights_only=True, map_location="cpu")
@@ -147,6 +149,7 @@ def train(
                 model.load_state_dict(saved["model"], strict=False)
                 stepper.load_state_dict(saved["optimizer"])
                 losses, seconds = saved["losses"], saved["seconds"]
+                kept, good = saved["kept"], saved["good"]
                 scores = {n: s.numpy() if isinstance(s, torch.Tensor) else s for n, s in saved["scores"].items()}
 
     start = time.perf_counter() - seconds
@@ -161,9 +164,16 @@ def train(
         if checkpoint is not None:
             told = {n: torch.from_numpy(s) if isinstance(s, np.ndarray) else s for n, s in scores.items()}
             state = {"identity": identity, "losses": losses, "scores": told, "seconds": seconds}
-            state |= {"model": _moving(model), "optimizer": stepper.state_dict()}
+            state |= {"model": _moving(model), "optimizer": stepper.state_dict(), "kept": kept, "good": good}
             with whole_file(checkpoint) as path:
                 torch.save(state, path)
+
+    def require_finite(value: float, norm: float = 0.0) -> None:
+        if not (math.isfinite(value) and math.isfinite(norm)):
+            model.load_state_dict(good, strict=False)
+            what = f"the gradient's norm is {norm}" if math.isfinite(value) else f"the loss is {value}"
+            run = Run(np.array(losses), scores, time.perf_counter() - start)
+            raise Diverged(what, len(losses), kept, run)
 
     was_training = model.training
     devices = sorted({p.device for p in trainable.values() if p.device.type == "cuda"}, key=str)
@@ -181,16 +191,14 @@ def train(
                 for group in stepper.param_groups:
                     group["lr"] = learning_rate * _scale(step, steps, schedule, warmup)
                 model.train()
-                loss = model(**batch(step, generator))["loss"]
+                drawn = batch(step, generator)
+                loss = model(**drawn)["loss"]
                 if l1:
                     loss = loss + l1 * sum((p - started[name]).abs().sum() for name, p in trainable.items())
                 loss.backward()
                 norm = torch.nn.utils.clip_grad_norm_(trainable.values(), clip).item()
                 value = loss.item()
-                if not (math.isfinite(value) and math.isfinite(norm)):
-                    model.load_state_dict(good, strict=False)
-                    what = f"the gradient's norm is {norm}" if math.isfinite(value) else f"the loss is {value}"
-                    raise Diverged(what, step, kept, Run(np.array(losses), scores, time.perf_counter() - start))
+                require_finite(value, norm)
                 if step in due:  # from here a finite step leads on: only now is what was evaluated known to be good
                     kept, good = step, _copied(model)
                 stepper.step()
@@ -198,6 +206,10 @@ def train(
                 losses.append(value)
                 bar.set_postfix_str(f"loss {losses[-1]:.3f}", refresh=False)
                 bar.update()
+                if len(losses) == steps:  # no step follows that would show it
+                    model.eval()
+                    with torch.no_grad():
+                        require_finite(model(**drawn)["loss"].item())
                 if len(losses) in due:
                     look()
         finally:

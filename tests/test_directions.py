@@ -18,7 +18,7 @@ from finetune_lens.errors import GateFailed, InputError
 from finetune_lens.hooked import HookedModel
 from finetune_lens.hooked.steering import ablation, addition, scores
 from finetune_lens.prompts import encode, read_prompts
-from finetune_lens.results.directions import Directions, separation
+from finetune_lens.results.directions import Directions, _specific, separation
 
 WORDS = ["abz", "gkzl", "ttza", "mn", "uvwxy", "qwert", "ddop", "sfgh", "jkl", "pooi", "cvb", "zzxc"]
 
@@ -301,7 +301,8 @@ def test_effects_are_of_the_held_out_prompts(library):
     row = table.loc["base", "ablate", "all", "own"]
     assert row["effect"] == pytest.approx(np.mean(edited["logprob"] - plain["logprob"]), abs=1e-5)
     assert row["unedited"] == pytest.approx(plain["logprob"].mean(), abs=1e-5)
-    random = data["random_logprob"].sel(side="base", intervention="ablate").transpose("random", "example").values
+    random = data["random_logprob"].sel(side="base", intervention="ablate", source="own")
+    random = random.transpose("random", "example").values
     assert len(random) == interventions.RANDOM
     assert len(np.unique(random[:, held & answered], axis=0)) == interventions.RANDOM
     assert row["random_low"] == pytest.approx(np.nanmean(random, 1).min())
@@ -313,6 +314,44 @@ def test_effects_are_of_the_held_out_prompts(library):
     one, other = (table.loc[side, "add", "all", "other"] for side in ("base", "tuned"))
     assert other["difference"] == pytest.approx(other["effect"] - one["effect"])
     assert np.isnan(one["difference"])
+
+
+@pytest.mark.parametrize(("source", "norm_of"), [("own", "base"), ("other", "tuned")])
+def test_random_directions_are_as_long_as_the_one_they_are_held_against(library, source, norm_of):
+    base = library.model("llama")
+    result = find(base, tuned_copy(base), depth=1)
+    lengths = {s: np.linalg.norm(result.data["direction"].sel(depth=1, side=s)) for s in ("base", "tuned")}
+    assert abs(lengths["base"] / lengths["tuned"] - 1) > 0.01
+    items = [row for row, h in zip(prompts(), result.data["held_out"].values, strict=True) if h and "answer" in row]
+    model, text = HookedModel(base, letters()), encoded(items)
+    drawn = np.random.default_rng([0, 2]).normal(size=(interventions.RANDOM, len(result.data.feature)))
+    vectors = lengths[norm_of] * drawn / np.linalg.norm(drawn, axis=1, keepdims=True)
+    plain = scores(model, text)["logprob"]
+    expected = [scores(model, text, interventions.edits_of("add", model, v, "blocks.0.hook_resid_post", 1.0))["logprob"]
+                for v in vectors]  # fmt: skip
+    found = result.data["random_logprob"].sel(side="base", intervention="add", source=source)
+    found = found.transpose("random", "example").values
+    np.testing.assert_allclose(found[:, ~np.isnan(found[0])], expected - plain, atol=1e-4)
+
+
+def test_what_goes_beyond_random_directions():
+    """A direction drawn like the others is called specific in one of twenty, though its effect differs from their mean
+    in every prompt; one that does far more always is. Against scipy's t test of two samples, one of a single value."""
+    from scipy.stats import ttest_ind
+
+    generator, called = np.random.default_rng(0), []
+    for _ in range(400):
+        means = generator.normal(size=6)
+        values = means[:, None] + 0.01 * generator.normal(size=(6, 40))
+        row = _specific(values[0], values[1:])
+        among = ttest_ind([values[0].mean()], values[1:].mean(1)).pvalue
+        assert row["p"] == pytest.approx(max(among, 2 / 10_001))
+        assert row["specific_low"] < row["specific"] < row["specific_high"]
+        called.append(row["p"] < 0.05)
+        assert abs(row["p"] - 0.05) < 5e-3 or called[-1] == (row["specific_low"] > 0 or row["specific_high"] < 0)
+    assert 0.02 < np.mean(called) < 0.09
+    assert _specific(values[0] + 100, values[1:])["p"] < 1e-3
+    assert _specific(np.zeros(40), np.zeros((5, 40)))["p"] == 1
 
 
 def test_the_share_of_the_own_effect(library):
@@ -433,6 +472,10 @@ def test_refuses(library):
     ):  # fmt: skip
         with pytest.raises(InputError, match=message):
             find(base, tuned, **options)
+    broken = tuned_copy(base)
+    broken.model.layers[1].mlp.down_proj.weight.data[0, 0] = float("nan")
+    with pytest.raises(InputError, match=r"tuned model's activations at blocks\.1\.hook_resid_post hold NaN"):
+        find(base, broken)
     with pytest.raises(GateFailed):
         find(base, copy.deepcopy(base), check=True)
 
@@ -498,7 +541,7 @@ def test_an_interrupted_run_continues(library, tmp_path, monkeypatch):
     with pytest.raises(KeyboardInterrupt):
         find(*sides, partial=tmp_path / "chunks")
     found = find(*sides, partial=tmp_path / "chunks")
-    assert len(calls) == 10 + 30 - 9
+    assert len(calls) == 10 + 40 - 9
     assert found.data.drop_attrs().identical(whole.data.drop_attrs())
     calls.clear()
     monkeypatch.setattr(interventions, "scores", real)

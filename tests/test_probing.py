@@ -262,6 +262,7 @@ def test_a_control_task_scores_at_chance(library):
     found = probe(library.model("gpt2"), tuned_copy(library.model("gpt2")), rows(240), seeds=10)
     frame = found.to_frame()
     assert found.data.attrs["control"] == "text"
+    assert "a random label for each text, none of the test in training" in found.summary()
     assert (frame["control_low"] < 0.52).all()
     assert (frame["control_high"] > 0.48).all()
     assert frame["control"].mean() == pytest.approx(0.5, abs=0.05)
@@ -273,6 +274,8 @@ def test_a_control_task_of_tokens_is_learnt_by_heart(library):
     found = probe(library.model("gpt2"), library.model("gpt2"), items, position=0, seeds=3)
     assert found.data.attrs["control"] == "token at the position"
     row = found.to_frame().query("side == 'base' and depth == 0").iloc[0]
+    assert (found.data["control_seen"] == 1).all()
+    assert "none of the test in training" not in found.summary()
     assert row["control"] > 0.8
     assert row["selectivity_low"] < 0.15
     assert row["leaked_rows"] > 0.9
@@ -397,6 +400,33 @@ def test_the_first_clear_depth():
     assert made(right[:2], majority=majority).first_clear("base") is None
 
 
+def test_few_groups_are_no_evidence():
+    """Six groups all above the majority: no p below an exact sign test's 2⁻⁵, however many prompts they hold."""
+    found = made(np.ones((1, 120)), group=np.repeat(np.arange(6), 20))
+    assert found.to_frame()["p"].tolist() == [2**-5] * 2
+    assert "6 tested groups are few" in describing(found).summary()
+    assert "95 % intervals over 6 groups of prompts" in found.summary()
+
+
+def test_one_group_that_was_tested_has_no_interval():
+    """However often groups are drawn anew, the score is the one group's: that is no certainty."""
+    tested = np.repeat([1.0, 0, 0, 0], 20)
+    found = made(np.arange(80)[None] % 2 == 0, group=np.repeat(np.arange(4), 20))
+    found = Probing(found.data.assign(weight=(("seed", "example"), tested[None])))
+    frame = found.to_frame()
+    assert (frame["score"] == 0.5).all()
+    assert frame[["score_low", "score_high", "gain_low", "gain_high", "p"]].isna().all(axis=None)
+    assert found.first_clear("base") is None
+    assert "one group was tested: there are no intervals" in describing(found).summary()
+
+
+def describing(found):
+    """What `probe` adds to a result that was made by hand."""
+    found.data.attrs |= {"label": "y", "classes": 2, "site": "resid_post", "position": "last", "measure": "accuracy"}
+    found.data["leaked_texts"] = ("seed", [0.0])
+    return found
+
+
 def test_the_mean_of_values(library):
     items = rows(40, label=lambda w: ALPHABET.index(w[0]) / 2)
     found = probe(library.model("gpt2"), library.model("gpt2"), items, seeds=2, control=False)
@@ -513,7 +543,8 @@ def test_a_split_of_their_own_is_respected(library):
     labels = read_labels(prompts(["x", "y"] * 6), "label")
     for part, message in ((["train", "dev"], "prompt 2: `split` is train or test; found 'dev'"),
                           (["train", "test"], "the training part holds no example of the class 'y'"),
-                          (["train", None], "prompt 2: `split` is train or test; found None")):  # fmt: skip
+                          (["train", None], "prompt 2: `split` is train or test; found None"),
+                          ([["train"], "test"], r"prompt 1: `split` is train or test; found \['train'\]")):  # fmt: skip
         with pytest.raises(InputError, match=message):
             split(prompts(["x", "y"] * 6, split=part * 6), labels, group=None, test=0.3, seeds=1, seed=0)
 

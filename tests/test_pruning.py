@@ -377,7 +377,7 @@ def test_what_counts_as_a_revival():
     assert result([0.5], [-0.25]).headline()["revives_at"] == [], "not where random removals do better"
     assert result([0.5, 0.9], [0.5, 0.9], commonest=0.6).headline()["revives_at"] == [2], "not by one answer to all"
     assert "little to bring back" in result([0.5], [0.5], lost=False).summary()
-    alone = result([0.125] + [0.0] * 20, [0.125] + [0.0] * 20)  # p about .01 by itself
+    alone = result([0.15] + [0.0] * 20, [0.15] + [0.0] * 20)  # six of forty: p = 2⁻⁵ by itself
     assert alone.revivals()["p"].iloc[0] < 0.05 < alone.revivals()["adjusted"].iloc[0]
     assert alone.headline()["revives_at"] == []
 

@@ -306,6 +306,10 @@ def test_refuses(library):
     ):  # fmt: skip
         with pytest.raises(InputError, match=message):
             compare(base, tuned_copy(base), **options)
+    broken = tuned_copy(base)
+    broken.model.layers[1].mlp.down_proj.weight.data[0, 0] = float("nan")
+    with pytest.raises(InputError, match=r"tuned model's activations at blocks\.1\.hook_resid_post hold NaN"):
+        compare(base, broken)
     with pytest.raises(GateFailed):
         compare(base, copy.deepcopy(base), check=True)
     with pytest.raises(InputError, match="resid_mid"):

@@ -567,6 +567,7 @@ def test_held_out_files_and_threshold(models):
     assert found.threshold == 0.9 * found.base() > 0.8
     assert found.data.sizes["example"] == 8
     assert "8 of the 40 prompts were held out" in found.summary()
+    assert "8 held-out prompts are few" in found.summary()
     both = revive(models, evaluate={"on": HELD, "off": rows(5, 3)}, steps=2, threshold=0.3)
     assert both.files == ["on", "off"]
     assert both.threshold == 0.3
@@ -590,8 +591,9 @@ def test_follow_is_revive_without_roles(models):
     options = OPTIONS | {"steps": 4}
     options.pop("scratch")
     found = follow(
-        {"tuned": models["tuned"], "x": models["other"]}, rows(), tokenizer=letters(), threshold=0.5, **options
-    )
+        {"tuned": models["tuned"], "x": models["other"]}, rows(), tokenizer=letters(), threshold=0.5,
+        controls=["x"], **options,
+    )  # fmt: skip
     same = revive(models, controls={"x": models["other"]}, steps=4, threshold=0.5)
     np.testing.assert_array_equal(found.data["logprob"].values, same.data["logprob"].values)
     assert found.role("x") == "control"
@@ -605,9 +607,28 @@ def test_follow_is_revive_without_roles(models):
         ({"a": models["tuned"]}, {"tokenizer": letters()}, "pass threshold"),
         ({}, {}, "found none"),
         ({"a": models["tuned"]}, {"threshold": 0.5}, "no start has a tokenizer"),
+        ({"a": models["tuned"]}, {"controls": ["b"]}, "names of starts: 'a'; found 'b'"),
+        ({"tuned": models["tuned"]}, {"controls": ["tuned"]}, "no start beside 'tuned'; found 'tuned'"),
     ):
         with pytest.raises(InputError, match=words):
             follow(starts, rows(), **options | more)
+
+
+def test_a_start_that_is_followed_is_no_control_unless_it_is_named(models):
+    """Beside the tuned model the base itself: it has the capability, and says nothing of whether that was lost."""
+    starts = {"tuned": models["tuned"], "base": models["base"], "x": models["other"]}
+    options = OPTIONS | {"steps": 2, "threshold": 0.5, "tokenizer": letters()}
+    options.pop("scratch")
+    found = follow(starts, rows(), **options)
+    assert [found.role(name) for name in found.starts] == ["tuned", "", ""]
+    frame = found.crossings().set_index("start")
+    assert frame.loc["base", "steps"] == 0 < frame.loc["tuned", "steps"]
+    assert found.verdict() == (
+        "undecided", "there is no control: give one that was tuned first and never had the capability"
+    )  # fmt: skip
+    named = follow(starts, rows(), controls=["x"], **options)
+    assert [named.role(name) for name in named.starts] == ["tuned", "", "control"]
+    assert "base" not in named.verdict()[1]
 
 
 def test_saved_and_loaded(models, tmp_path):

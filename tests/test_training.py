@@ -350,6 +350,45 @@ def test_divergence_puts_the_model_back(at, every, kept):
     assert list(caught.value.run.scores) == [step for step in every if step <= at]
 
 
+def test_a_continued_run_that_diverges_at_once_goes_back_no_further(tmp_path):
+    """The step after the checkpoint at 8 is bad: back to 4, as without the interruption."""
+    options = OPTIONS | {"checkpoint": tmp_path / "state.pt", "evaluate": lambda: 0.5}
+    with pytest.raises(Interrupted):
+        train(net(), interrupted_at(8), **options)
+    model, other = net(), net()
+    with pytest.raises(Diverged, match=r"at step 8.*after 4 steps"):
+        train(model, poisoned(8), **options)
+    train(other, batch, **OPTIONS | {"every": [4]}, evaluate=lambda: 1.0, target=1.0)
+    assert same(model, other)
+
+
+@pytest.mark.parametrize(("every", "kept"), [(4, 4), ([0, 4, 6], 6)])
+def test_a_last_step_that_leads_astray_is_noticed(tmp_path, every, kept):
+    """√ of a number that the last step makes negative: its own loss was finite, and no step follows."""
+
+    class Slope(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.w = torch.nn.Parameter(torch.tensor(0.75))
+
+        def forward(self):
+            return {"loss": self.w + 0 * self.w.log()}
+
+    options = {"learning_rate": 0.1, "schedule": "constant", "optimizer": "sgd", "every": every, "progress": False}
+    model = Slope()
+    with pytest.raises(Diverged, match="the loss is nan at step 8") as caught:
+        train(
+            model, lambda step, generator: {}, steps=8, evaluate=lambda: 0.5, checkpoint=tmp_path / "state.pt",
+            **options,
+        )  # fmt: skip
+    assert caught.value.step == 8
+    assert len(caught.value.run.losses) == 8
+    assert 8 not in caught.value.run.scores, "what is no good is not evaluated, nor kept in the checkpoint"
+    assert torch.load(tmp_path / "state.pt", weights_only=True)["model"]["w"].isfinite()
+    assert caught.value.kept == kept
+    assert model.w.item() == pytest.approx(0.75 - 0.1 * kept, abs=1e-5)
+
+
 class Root(torch.nn.Module):
     """√w at 0: the loss is 0, its slope is infinite."""
 

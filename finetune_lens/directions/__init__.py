@@ -13,13 +13,13 @@ direction and along the other's,
 cos(r_base, r_tuned) with its bootstrap interval, and, where prompts have answers, the effect of taking r̂ out of the
 residual stream everywhere and of adding c·r at one depth (`hooked.steering`):
 
-    effect = metric(edited) − metric(unedited), own direction, the other model's, and random ones of the same length.
+    effect = metric(edited) − metric(unedited), own direction, the other model's, and random ones as long as either.
 
 Nulls: random contrasts, of one half of either class with its other half, the same in both models (any contrast of the
 same texts is to some degree alike in a model and its tuned version); for effects, random directions. Ceiling: cosines
 of r from two halves of one model's training prompts.
 
-Cost: a forward pass a prompt and side; 15 a held-out prompt with an answer and side for the effects. Resampling:
+Cost: a forward pass a prompt and side; 20 a held-out prompt with an answer and side for the effects. Resampling:
 2·10⁴·n·d flops a side and depth of n prompts and d features.
 
 >>> from finetune_lens import ModelPair, zoo
@@ -96,7 +96,8 @@ def find_directions(
 
     Raises:
         InputError: prompts without a label, one class only, a class of fewer than four, a position or depth that does
-            not exist, models of different shape, tokenizers that read a prompt differently.
+            not exist, models of different shape, tokenizers that read a prompt differently, NaN or Inf
+            in activations.
         GateFailed: the trust gate found this pair unsafe to compare.
     """
     from tqdm.auto import tqdm
@@ -109,6 +110,7 @@ def find_directions(
     from finetune_lens.hooked.features import collect, columns_at
     from finetune_lens.hooked.sites import RESIDUAL
     from finetune_lens.prompts import read_prompts
+    from finetune_lens.representations import require_finite
     from finetune_lens.results.directions import Directions
 
     if site not in RESIDUAL:
@@ -141,6 +143,7 @@ def find_directions(
             sides.append(
                 collect(model, encoded, sites, columns=columns, folder=where, batch_size=batch_size, tick=bar.update)
             )
+        require_finite(sides[-1], side)
     bar = tqdm(sites, desc="depths", disable=not progress, dynamic_ncols=True)
     data = _labelled([at_depth([s.values(name) for s in sides], is_positive, train, seed) for name in bar])
     if depth is None:
@@ -192,10 +195,6 @@ def _of_answers(found: dict[str, np.ndarray], asked: np.ndarray, examples: int) 
     for name, values in found.items():
         whole = np.full((*values.shape[:-1], examples), np.nan)
         whole[..., asked] = values
-        middle = (
-            ()
-            if name.startswith("unedited_")
-            else ("intervention", "random" if name.startswith("random_") else "source")
-        )
+        middle = ("intervention", "source", "random")[: whole.ndim - 2]
         named[name] = (("side", *middle, "example"), whole)
     return named

@@ -1,8 +1,9 @@
 """What taking a direction out of the residual stream, or adding it, does to the answers of either model."""
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from tqdm.auto import tqdm
@@ -52,8 +53,8 @@ def effects(
         site: where scale × r is added.
 
     Returns:
-        Of each metric M: M (side, intervention, source, prompt), random_M (side, intervention, random, prompt) and
-        unedited_M (side, prompt).
+        Of each metric M: M (side, intervention, source, prompt), random_M (side, intervention, source, random, prompt),
+        of random directions as long as that source's, and unedited_M (side, prompt).
 
     Raises:
         InputError: a direction of length 0; an answer that is a token of one model only.
@@ -78,7 +79,7 @@ def effects(
         store = Store(partial, repr(prints), facts)
     random = np.random.default_rng([seed, 2]).normal(size=(RANDOM, vectors.shape[1]))
     random /= np.linalg.norm(random, axis=1, keepdims=True)
-    total = len(models) * len(encoded) * (1 + len(INTERVENTIONS) * (len(SOURCES) + RANDOM))
+    total = len(models) * len(encoded) * (1 + len(INTERVENTIONS) * len(SOURCES) + (1 + len(SOURCES)) * RANDOM)
     found: dict[str, list] = {f"{part}{name}": [] for part in ("unedited_", "", "random_") for name in SCORED}
     with tqdm(total=total, desc="interventions", disable=not progress, dynamic_ncols=True) as bar:
 
@@ -91,22 +92,31 @@ def effects(
             bar.update(len(encoded))
             return done
 
+        def along(key: str, kind: str, model: HookedModel, chosen: Iterable[np.ndarray]) -> list[dict[str, np.ndarray]]:
+            edits = (edits_of(kind, model, vector, site, scale) for vector in chosen)
+            return [scored(f"{key} {n}", model, some) for n, some in enumerate(edits)]
+
         for side, model, own, other in zip(SIDES, models, vectors, vectors[::-1], strict=True):
             unedited = scored(f"{side} unedited", model, [])
             for name in SCORED:
                 found[f"unedited_{name}"].append(unedited[name])
-            for part, chosen in (("", [own, other]), ("random_", list(np.linalg.norm(own) * random))):
-                edited = [
-                    [
-                        scored(f"{side} {kind} {part}{n}", model, edits_of(kind, model, v, site, scale))
-                        for n, v in enumerate(chosen)
-                    ]
-                    for kind in INTERVENTIONS
-                ]
-                for name in SCORED:
-                    values = np.array([[one[name] for one in row] for row in edited])
-                    found[f"{part}{name}"].append(values - unedited[name])
+            edited: dict[str, list] = {"": [], "random_": []}
+            for kind in INTERVENTIONS:
+                key = f"{side} {kind}"
+                edited[""].append(along(key, kind, model, (own, other)))
+                alike = [along(f"{key} random own", kind, model, np.linalg.norm(own) * random)]
+                if kind == "add":  # what is taken out has no length
+                    alike.append(along(f"{key} random other", kind, model, np.linalg.norm(other) * random))
+                edited["random_"].append([alike[0], alike[-1]])
+            for name in SCORED:
+                for part, values in edited.items():
+                    found[f"{part}{name}"].append(_named(values, name) - unedited[name])
     return {name: np.array(values) for name, values in found.items()}
+
+
+def _named(values: Any, name: str) -> np.ndarray:
+    """One metric of nested lists of runs."""
+    return np.array([_named(one, name) for one in values]) if isinstance(values, list) else values[name]
 
 
 def edits_of(kind: str, model: HookedModel, vector: np.ndarray, site: str, scale: float) -> list[Edit]:

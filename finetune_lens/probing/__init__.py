@@ -139,6 +139,8 @@ def probe(
     with _bar(len(units) * seeds, "probes", progress) as bar:
         found = fit_all(sides, units, task, choose("cpu") if where.type == "mps" else where, tick=bar.update)
     data = _labelled(found, target, parts, items, units, axis, models, control)
+    if control:
+        data["control_seen"] = ("seed", [np.isin(types[~part], types[part]).mean() for part in parts.train])
     return Probing(
         data.assign_attrs(
             label=label, site=site, position=str(position), penalty=float(penalty), classes=len(target.names),

@@ -103,7 +103,7 @@ def split(
     said = [p.fields.get("split") for p in prompts]
     if any(part is not None for part in said):
         for prompt, part in zip(prompts, said, strict=True):
-            if part not in PARTS:
+            if not isinstance(part, str) or part not in PARTS:
                 raise InputError(f"prompt {prompt.id}: `split` is train or test; found {part!r}")
         train = np.tile([PARTS[part] for part in said], (seeds, 1))
     else:

@@ -35,8 +35,8 @@ class Directions(Result):
       (side, depth): d′ within the training half, by which the depth of interventions is chosen;
     - positive, held_out (example);
     - where held-out prompts have answers, for each metric M: M (side, intervention, source, example), the effect
-      metric(edited) − metric(unedited); random_M (side, intervention, random, example), of random directions of the
-      own one's length; unedited_M (side, example).
+      metric(edited) − metric(unedited); random_M (side, intervention, source, random, example), of random directions as
+      long as the source's; unedited_M (side, example).
 
     Attributes: site, position, label, positive, negative (names of the classes), depth (of the interventions),
     depth_given, scale, metric. Intervals are 95 % percentile bootstrap over held-out prompts, both models' numbers of a
@@ -97,9 +97,13 @@ class Directions(Result):
 
     def effects(self, metric: str | None = None) -> "pd.DataFrame":
         """A row a side, intervention, source and class of prompts: unedited metric, effect with interval, range of the
-        random directions' effects, what goes beyond their mean (`specific`, paired) with its BH-adjusted p over the
-        rows; of the tuned model the paired difference of the effect to base's; of the other's direction the share of
-        the own one's effect, a ratio of means, NaN where the latter's interval covers 0.
+        effects of random directions of that length, what goes beyond their mean (`specific`) with its interval and
+        BH-adjusted p over the rows; of the tuned model the paired difference of the effect to base's; of the other's
+        direction the share of the own one's effect, a ratio of means, NaN where the latter's interval covers 0.
+
+        Were this direction random too, its mean effect would be one more draw from a normal distribution that the R
+        random ones are from: (effect − m)/(s·√(1 + 1/R)) has Student's t distribution of R − 1 degrees. p is the larger
+        of that one and of the paired bootstrap over prompts; the reaches of both intervals are added in quadrature.
 
         Raises:
             InputError: held-out prompts without answers.
@@ -116,7 +120,7 @@ class Directions(Result):
         for kind in INTERVENTIONS:
             one = self.data.sel(intervention=kind)
             effect = one[metric].transpose("side", "source", "example").values
-            random = one[f"random_{metric}"].transpose("side", "random", "example").values
+            random = one[f"random_{metric}"].transpose("side", "source", "random", "example").values
             unedited = self.data[f"unedited_{metric}"].transpose("side", "example").values
             for name, kept in classes.items():
                 if not np.isfinite(effect[..., kept]).any():
@@ -191,24 +195,35 @@ def _apart(one: np.ndarray, other: np.ndarray, spread: np.ndarray, width: np.nda
 def _effect_rows(
     effect: np.ndarray, random: np.ndarray, unedited: np.ndarray, shift: np.ndarray
 ) -> list[dict[str, Any]]:
-    """One row a source, of (source, example), (random, example), (example,) and (source, example)."""
-    means = mean_of(random)
+    """One row a source, of (source, example), (source, random, example), (example,) and (source, example)."""
     share = stats.interval_of_ratio(effect[1:], effect[0])
     rows = []
-    for source, values, change in zip(SOURCES, effect, shift, strict=True):
+    for source, values, drawn, change in zip(SOURCES, effect, random, shift, strict=True):
         low, high = stats.interval_of_mean(values)
-        specific = values - random.mean(0)
-        ends = stats.interval_of_mean(specific)
+        means = mean_of(drawn)
         row = {"source": source, "unedited": mean_of(unedited), "effect": mean_of(values), "low": low, "high": high}
-        row |= {"random_low": means.min(), "random_high": means.max()}
-        row |= {"specific": mean_of(specific), "specific_low": ends[0], "specific_high": ends[1]}
+        row |= {"random_low": means.min(), "random_high": means.max()} | _specific(values, drawn)
         ends = stats.interval_of_mean(change)
         row |= {"difference": mean_of(change), "difference_low": ends[0], "difference_high": ends[1]}
         parts = share if source == "other" else np.full((3, 1), np.nan)
         row |= {name: part[0] for name, part in zip(("share", "share_low", "share_high"), parts, strict=True)}
         rows.append({name: v if isinstance(v, str) else float(v) for name, v in row.items()})
-        rows[-1]["p"] = float(stats.two_sided_p(specific))
     return rows
+
+
+def _specific(values: np.ndarray, drawn: np.ndarray) -> dict[str, float]:
+    """What an effect (example,) has beyond the mean of random ones (random, example); see `Directions.effects`."""
+    from scipy.stats import t
+
+    beyond, means = values - drawn.mean(0), mean_of(drawn)
+    value, (low, high) = mean_of(beyond), stats.interval_of_mean(beyond)
+    spread, degrees = means.std(ddof=1) * np.sqrt(1 + 1 / len(means)), len(means) - 1
+    reach = t.ppf((1 + stats.LEVEL) / 2, degrees) * spread
+    p = 2 * t.sf(abs(value) / spread, degrees) if spread > 0 else float(value == 0)
+    return {
+        "specific": value, "specific_low": value - np.hypot(value - low, reach),
+        "specific_high": value + np.hypot(high - value, reach), "p": np.maximum(p, stats.two_sided_p(beyond)),
+    }  # fmt: skip
 
 
 def _shown(row: Any, name: str) -> str:

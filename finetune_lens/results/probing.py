@@ -7,7 +7,8 @@ import numpy as np
 
 from finetune_lens import stats
 from finetune_lens.results import Result
-from finetune_lens.results.tables import aligned, jsonable
+from finetune_lens.results.few import caution
+from finetune_lens.results.tables import aligned, ends, jsonable
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -29,7 +30,8 @@ class Probing(Result):
       activations as they are;
     - centred_score (side, depth, …, seed, example): of the other model's probe on this side's activations after these
       are moved so that the means of the two training parts agree: a shift that all texts share is no other code;
-    - control_score (side, depth, …, seed, example): the same of the control task, where there is one;
+    - control_score (side, depth, …, seed, example): the same of the control task, where there is one; control_seen
+      (seed): share of the test part whose type, that which has a random label, occurs in training;
     - majority_score (seed, example): of always saying the training part's commonest class (its mean);
     - weight (seed, example): what a score counts for: 1, of values (y − ȳ)²; 0 outside the test part. Score = Σ score /
       Σ weight over splits and examples;
@@ -37,9 +39,10 @@ class Probing(Result):
       activations are equal to those of a training example; leaked_texts (seed): the same of texts;
     - label, group (example): groups are never divided between training and test.
 
-    Intervals are 95 % percentile bootstrap over groups, all splits, models and tasks of a group drawn together; probes
-    are not fitted anew, and `spread` is the standard deviation over splits. p-values are of a gain over the majority of
-    0, adjusted over depths and heads (Benjamini and Hochberg 1995).
+    Intervals are 95 % percentile bootstrap over groups, all splits, models and tasks of a group drawn together, NaN
+    where fewer than two were tested; probes are not fitted anew, and `spread` is the standard deviation over splits.
+    p-values are of a gain over the majority of 0, not below that of an exact sign test of the groups, adjusted over
+    depths and heads (Benjamini and Hochberg 1995).
     """
 
     kind = "probing"
@@ -193,10 +196,12 @@ class Probing(Result):
         sizes, attrs, word = self.data.sizes, self.data.attrs, self.measure
         value, low, high = self.majority()
         null = "majority" if word == "accuracy" else "mean"
-        share = float((self.data["weight"] > 0).mean())
+        share, tested = float((self.data["weight"] > 0).mean()), int((self._sums["weight"] > 0).sum())
+        groups = len(np.unique(self.data["group"].values))
+        over = "prompts" if groups == sizes["example"] else f"{tested} groups of prompts"
         lines = [
             f"{attrs['label']}{self._classes()} from {attrs['site']} at {attrs['position']}: {sizes['example']} "
-            f"prompts, {sizes['seed']} splits with {share:.0%} held out; 95 % intervals over prompts",
+            f"prompts, {sizes['seed']} splits with {share:.0%} held out; 95 % intervals over {over}",
             f"{null}: {word} {value:.3g} [{low:.3g}, {high:.3g}]",
         ]
         head = ["", "best", word, f"over {null}", "control", "selectivity", "first clear"]
@@ -219,11 +224,24 @@ class Probing(Result):
                 f"{other} probe on {side} activations at {self._place(row)}: {_shown(row, 'transfer')}; means equal: "
                 f"{_shown(row, 'centred')}, {_shown(row, 'centred_change', sign='+')} against its own"
             )
-        return "\n".join(lines + self._checks() + [str(n) for n in self.provenance.get("notes", [])])
+        lines += self._checks()
+        if tested < 2:
+            lines.append("one group was tested: there are no intervals; more splits (--seeds) test others")
+        lines += caution(tested, "tested prompts" if over == "prompts" else "tested groups")
+        return "\n".join([*lines, *map(str, self.provenance.get("notes", []))])
 
     def _classes(self) -> str:
         classes = self.data.attrs["classes"]
         return f" ({classes} classes)" if classes else ""
+
+    def _unseen(self) -> str:
+        """What to think of a control task whose labels could not be learnt by heart for the test."""
+        if "control_seen" not in self.data or self.data["control_seen"].any():
+            return ""
+        return (
+            ", none of the test in training: it is at chance whatever a probe can learn by heart, and selectivity adds "
+            "nothing to the gain; name a field whose values recur (--control-field)"
+        )
 
     def _place(self, row: dict[str, Any]) -> str:
         return " ".join(f"{name} {int(row[name])}" for name in self.places)
@@ -237,7 +255,7 @@ class Probing(Result):
             f"activations {shown}"
         ]
         if self.has_control:
-            lines.append(f"control task: a random label for each {self.data.attrs['control']}")
+            lines.append(f"control task: a random label for each {self.data.attrs['control']}{self._unseen()}")
         failed = int((~self.data["converged"].astype(bool)).sum())
         if failed:
             lines.append(f"{failed} of {self.data['converged'].size} fits did not converge; a larger penalty helps")
@@ -245,7 +263,7 @@ class Probing(Result):
 
 
 def _shown(row: dict[str, Any], name: str, sign: str = "") -> str:
-    return f"{row[name]:{sign}.3g} [{row[f'{name}_low']:.3g}, {row[f'{name}_high']:.3g}]"
+    return f"{row[name]:{sign}.3g}{ends(row[f'{name}_low'], row[f'{name}_high'])}"
 
 
 def _ratios(over: np.ndarray, under: np.ndarray, units: int) -> np.ndarray:
@@ -257,9 +275,11 @@ def _ratios(over: np.ndarray, under: np.ndarray, units: int) -> np.ndarray:
         with np.errstate(all="ignore"):
             drawn = stats.resampled_means(over[rows]) / below
             found[0, rows] = over[rows].sum(1) / under.sum()
+        if (under > 0).sum() < 2:  # the same ratio in every resample
+            drawn[:] = np.nan
         found[1:3, rows] = stats.percentile_interval(drawn)
         tail = np.minimum((drawn <= 0).sum(1), (drawn >= 0).sum(1))
-        p = np.minimum(2 * (1 + tail) / (1 + drawn.shape[1]), 1)
+        p = np.clip(2 * (1 + tail) / (1 + drawn.shape[1]), stats.smallest_p((over[rows] != 0).sum(1)), 1)
         found[3, rows] = np.where(np.isnan(drawn).all(1), np.nan, p)
         found[4:, rows] = stats.percentile_interval(drawn, level=1 - (1 - stats.LEVEL) / units)
     return found

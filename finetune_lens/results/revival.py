@@ -8,6 +8,7 @@ import numpy as np
 from finetune_lens import stats
 from finetune_lens.errors import InputError
 from finetune_lens.results import Result
+from finetune_lens.results.few import FEW, caution, coverage
 from finetune_lens.results.tables import aligned, ends, jsonable, mean_of
 
 if TYPE_CHECKING:
@@ -222,6 +223,9 @@ class Revival(Result):
                 )
         word, why = self.verdict()
         lines.append(f"{word}: {why}" if word else why)
+        lines += caution(examples, "held-out prompts")
+        if 1 < seeds < FEW:
+            lines.append(f"{seeds} seeds are few: an interval over so many alone holds about {coverage(seeds):.0%}")
         return "\n".join([*lines, *(str(note) for note in self.provenance.get("notes", []))])
 
 

@@ -153,6 +153,7 @@ def follow(
     steps: int = 1000,
     evaluate: Mapping[str, Any] | None = None,
     reference: Any = None,
+    controls: Sequence[str] = (),
     seeds: int = 3,
     method: str = "full",
     rank: int = 8,
@@ -177,9 +178,11 @@ def follow(
     Args:
         starts: name → model: a source as for `ModelPair.load`, a module, or a `HookedModel`.
         reference: a model that is measured and not trained, for the threshold.
+        controls: names of the starts that never had the capability. A start called "tuned" is compared with every
+            other; the verdict is by these alone.
         config, tokenizer: of starts that have none beside them.
 
-    The other arguments, and what is raised, are those of `revive`. A start called "tuned" is compared with the others.
+    The other arguments, and what is raised, are those of `revive`.
     """
     from finetune_lens.held_out import hold_out
     from finetune_lens.revival import starts as kinds
@@ -190,12 +193,16 @@ def follow(
     _require(seeds=(seeds, 1), seed=(seed, 0))
     if not starts:
         raise InputError("expected one start or more, a model by name; found none")
+    unknown = [name for name in controls if name not in starts or name == "tuned"]
+    if unknown:
+        known = ", ".join(repr(name) for name in starts if name != "tuned") or "no start beside 'tuned'"
+        raise InputError(f"controls are names of starts: {known}; found {unknown[0]!r}")
     kind = "float32" if dtype == "auto" else dtype
     found, tokenizers, models = {}, [], {}
     for name, source in starts.items():
         load = _loader(source, device, kind, config, tokenizer, False)
         model = load()
-        role = "" if "tuned" not in starts else "tuned" if name == "tuned" else "control"
+        role = "tuned" if name == "tuned" else "control" if name in controls else ""
         found[name] = kinds.existing(load, role, kind, model.fingerprint)
         tokenizers.append(model.tokenizer)
         models[name] = model.describe()
