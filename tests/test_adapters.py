@@ -12,6 +12,7 @@ import torch
 
 from finetune_lens.checkpoints import LowRank, open_checkpoint
 from finetune_lens.errors import InputError
+from finetune_lens.hybrid import Hybrid
 from finetune_lens.pair import ModelPair
 
 LINEAR = ["q_proj", "v_proj", "down_proj"]
@@ -214,7 +215,9 @@ def test_an_adapter_on_a_tied_head_leaves_the_embedding(library, tmp_path, in_me
     assert not embedding.delta(torch.float64).any()
 
 
-def test_a_resized_vocabulary_with_an_adapter(library, tmp_path):
+@pytest.mark.parametrize("dora", [False, True])
+def test_a_resized_vocabulary_with_an_adapter(library, tmp_path, dora):
+    """Tokens were added, and the embeddings trained: PEFT saves them whole, and beside them as `modules_to_save`."""
     import peft
 
     torch.manual_seed(0)
@@ -222,13 +225,30 @@ def test_a_resized_vocabulary_with_an_adapter(library, tmp_path):
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         model.resize_token_embeddings(43)
-        model = peft.get_peft_model(model, lora(modules_to_save=["embed_tokens", "lm_head"])())
+        saved = {"modules_to_save": ["embed_tokens", "lm_head"], "use_dora": dora}
+        model = peft.get_peft_model(model, lora(**saved)())
         model.save_pretrained(tmp_path)
     pair = ModelPair.load(library.saved("llama"), tmp_path)
     assert set(pair.alignment.resized) == {"embed_tokens", "lm_head"}
+    assert pair.alignment.only_tuned == []
     assert pair.shape("embed_tokens") == (32, 40)
     for matrix in pair.matrices(["embed_tokens", "lm_head"]):
         assert torch.equal(matrix.base, matrix.tuned)
+    ids = torch.tensor([[5, 7, 39, 2]])
+    with torch.no_grad():
+        expected = model.eval()(torch.tensor([[5, 42, 39, 2]])).logits
+    torch.testing.assert_close(pair.tuned.run(torch.tensor([[5, 42, 39, 2]])).logits, expected, rtol=1e-5, atol=1e-5)
+    assert pair.base.run(ids).logits.shape[-1] == 40
+    assert torch.equal(pair.base.run(ids).logits, library.model("llama")(ids).logits)
+    if not dora:
+        with pytest.raises(InputError, match=r"an adapter for a vocabulary of 43 tokens, and .* has 40"):
+            Hybrid(pair)
+
+
+def test_merging_by_peft_shows_no_bars(library, tmp_path, capfd):
+    trained(library, "llama", lora(use_dora=True)(), tmp_path)
+    ModelPair.load(library.saved("llama"), tmp_path)
+    assert "Loading weights" not in capfd.readouterr().err
 
 
 @pytest.mark.parametrize("kind", ["conv1d", "dora of conv1d"])

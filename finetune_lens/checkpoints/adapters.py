@@ -10,7 +10,14 @@ from typing import Any
 
 import torch
 
-from finetune_lens.checkpoints.files import fingerprint, from_module, open_pickle, open_safetensors, read_json
+from finetune_lens.checkpoints.files import (
+    fingerprint,
+    from_module,
+    no_bars,
+    open_pickle,
+    open_safetensors,
+    read_json,
+)
 from finetune_lens.checkpoints.layout import LAYER, canonical_module
 from finetune_lens.checkpoints.stored import Checkpoint, LowRank, Stored, unwrapped
 from finetune_lens.errors import InputError
@@ -30,6 +37,7 @@ NOT_REPEATABLE = ("pissa_niter", "corda", "loftq", "lora_ga")
 # Initialisations that leave the base alone. PEFT repeats the others (PiSSA, OLoRA) when it loads the adapter.
 UNCHANGED_BASE = (True, False, None, "gaussian", "eva", "orthogonal")
 
+COPIES = re.compile(r"\.(modules_to_save|original_module)\.")  # what PEFT may save of a module beside the module
 FACTOR = re.compile(r"^(?P<module>.+)\.lora_(?:embedding_)?(?P<side>[AB])(\.weight)?$")
 
 
@@ -55,6 +63,8 @@ def open_adapter(folder: Path) -> Checkpoint:
         raise InputError(f"{folder} has an adapter_config.json but no adapter_model.safetensors (or .bin)")
     raw = open_safetensors(file) if file.suffix == ".safetensors" else open_pickle(file)[0]
     raw = {unwrapped(name): stored for name, stored in raw.items()}
+    for name in [name for name in raw if (whole := COPIES.sub(".", name)) != name and whole in raw]:
+        del raw[name]
     checkpoint = Checkpoint(
         source=str(folder),
         tensors={},
@@ -155,9 +165,12 @@ def merge_adapter(base: Checkpoint, adapter: Checkpoint) -> Checkpoint:
             f"with its config.json; {base.source} is not one"
         )
     _refuse_other_layers(base, adapter)
-    model = getattr(transformers, name).from_pretrained(
-        Path(location).parent, dtype=torch.float32, local_files_only=True, trust_remote_code=False
-    )
+    with no_bars():
+        model = getattr(transformers, name).from_pretrained(
+            Path(location).parent, dtype=torch.float32, local_files_only=True, trust_remote_code=False
+        )
+    if rows := other_vocabulary(model, folder):
+        resize(model, rows)
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # advice to whoever trains
@@ -175,6 +188,21 @@ def merge_adapter(base: Checkpoint, adapter: Checkpoint) -> Checkpoint:
     checkpoint.notes = [f"{kind} adapter merged by PEFT in float32"]
     checkpoint.origin = {k: v for k, v in adapter.origin.items() if k != "merge"}
     return checkpoint
+
+
+def other_vocabulary(model: Any, folder: str | Path) -> int:
+    """How many tokens the embedding has that the adapter was saved with; 0 where as many as the model's, or none."""
+    embedding = model.get_input_embeddings()
+    name = next(name for name, module in model.named_modules() if module is embedding)
+    stored = open_adapter(Path(folder)).tensors.get(f"{name}.weight")
+    return stored.shape[0] if stored and stored.shape[0] != embedding.weight.shape[0] else 0
+
+
+def resize(model: Any, rows: int) -> None:
+    """Give the embeddings so many rows; what is in new ones is the adapter's to say."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        model.resize_token_embeddings(rows, mean_resizing=False)
 
 
 def _refuse_other_layers(base: Checkpoint, adapter: Checkpoint) -> None:

@@ -5,7 +5,8 @@ import json
 import re
 import warnings
 import zipfile
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -319,3 +320,17 @@ def _checkpoint(source: str, raw: dict[str, Stored], config: dict[str, Any] | No
         renamed = dict(raw)
     tensors, notes = dequantised(renamed, config, source)
     return Checkpoint(source=source, tensors=tensors, config=config, notes=notes)
+
+
+@contextmanager
+def no_bars() -> Iterator[None]:
+    """Within: transformers shows no progress bars."""
+    from transformers.utils import logging
+
+    shown = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            logging.enable_progress_bar()

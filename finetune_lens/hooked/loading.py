@@ -12,6 +12,8 @@ import torch
 from torch import nn
 
 from finetune_lens.checkpoints import Checkpoint, lay_out, open_checkpoint
+from finetune_lens.checkpoints.adapters import other_vocabulary, resize
+from finetune_lens.checkpoints.files import no_bars
 from finetune_lens.errors import InputError
 from finetune_lens.hooked.model import HookedModel
 
@@ -82,7 +84,7 @@ def load_pair(
     """Base and tuned as models that run.
 
     An adapter is put onto the base's own weights and switched off for the base's runs, where that gives the base's
-    logits bit for bit; where it does not (PiSSA, OLoRA, trained biases), there are two copies.
+    logits bit for bit; where it does not (PiSSA, OLoRA, trained biases, added tokens), there are two copies.
     """
     one = load_model(base, config=config, tokenizer=tokenizer, device=device, dtype=dtype)
     folder = tuned.origin.get("adapter")
@@ -95,7 +97,11 @@ def load_pair(
         other.tokenizer = other.tokenizer or one.tokenizer
         return one, other
     alone = _probed(one)
-    peft = _with_adapter(one.module if base.module is None else copy.deepcopy(one.module), folder)
+    rows = other_vocabulary(one.module, folder)
+    module = one.module if base.module is None and not rows else copy.deepcopy(one.module)
+    if rows:
+        resize(module, rows)
+    peft = _with_adapter(module, folder)
     mine = _tokenizer(tokenizer, tuned) or one.tokenizer
     other = HookedModel(peft, mine, name=tuned.source, fingerprint=tuned.fingerprint)
     shared = HookedModel(peft, one.tokenizer, name=base.source, adapted=False, fingerprint=base.fingerprint)
@@ -117,6 +123,12 @@ def load_writable(
     module = one.module if base.origin.get("files") else copy.deepcopy(one.module)
     known = one.tokenizer or _tokenizer(tokenizer, tuned)
     if tuned.is_adapter:
+        if rows := other_vocabulary(module, tuned.origin["adapter"]):
+            raise InputError(
+                f"{tuned.source} is an adapter for a vocabulary of {rows} tokens, and {base.source} has "
+                f"{module.get_input_embeddings().weight.shape[0]}; give a base whose embedding was resized to that "
+                "(resize_token_embeddings), or the merged model as the tuned side"
+            )
         module = _with_adapter(module, tuned.origin["adapter"])
     return HookedModel(module.requires_grad_(False).eval(), known, name=f"{base.source} → {tuned.source}")
 
@@ -253,15 +265,13 @@ def _quiet() -> Iterator[None]:
     """Within: transformers says nothing; what it would say of keys is checked after."""
     from transformers.utils import logging
 
-    level, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    level = logging.get_verbosity()
     logging.set_verbosity(logging.CRITICAL)
-    logging.disable_progress_bar()
     try:
-        yield
+        with no_bars():
+            yield
     finally:
         logging.set_verbosity(level)
-        if bars:
-            logging.enable_progress_bar()
 
 
 def _dtype(checkpoint: Checkpoint, dtype: str, where: "torch.device | None") -> torch.dtype:

@@ -63,14 +63,13 @@ def choose(rows: list[dict[str, Any]], *, target: float, by: str = "steps") -> d
 def alone() -> Iterator[None]:
     """Within: one thread, so that the outcome does not depend on how many cores there are; no bars of transformers."""
     import torch
-    from transformers.utils import logging
 
-    threads, bars = torch.get_num_threads(), logging.is_progress_bar_enabled()
+    from finetune_lens.checkpoints.files import no_bars
+
+    threads = torch.get_num_threads()
     torch.set_num_threads(1)
-    logging.disable_progress_bar()  # reading and writing a megabyte needs none
     try:
-        yield
+        with no_bars():  # reading and writing a megabyte needs none
+            yield
     finally:
         torch.set_num_threads(threads)
-        if bars:
-            logging.enable_progress_bar()
