@@ -81,7 +81,7 @@ def compare_attention(
     """
     from finetune_lens.check import require_safe
     from finetune_lens.hooked.depths import encode_alike
-    from finetune_lens.prompts import read_prompts
+    from finetune_lens.prompts import read_prompts, without_answers
     from finetune_lens.results.attention import Attention
 
     if keep < 1 or (batch_size is not None and batch_size < 1):
@@ -96,7 +96,7 @@ def compare_attention(
     chosen = {"layer": _chosen("layers", layers, base.layers), "head": _chosen("heads", heads, base.heads)}
     for model in (base, tuned):
         model.require(["pattern"], chosen["layer"])
-    encoded = encode_alike((base, tuned), items, template=template, need_answer=False, padding="right")
+    encoded = encode_alike((base, tuned), without_answers(items), template=template, need_answer=False, padding="right")
     if check:
         require_safe(pair, device=device, dtype=dtype)
     width, cells = encoded.ids.shape[1], len(chosen["layer"]) * len(chosen["head"])

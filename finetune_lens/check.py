@@ -115,10 +115,10 @@ def _rows(base: "HookedModel", tuned: "HookedModel", prompts: Any, seed: int, li
     from finetune_lens.hooked.gates import random_rows
 
     if prompts is not None:
-        from finetune_lens.prompts import encode, read_prompts
+        from finetune_lens.prompts import encode, read_prompts, without_answers
 
         items = read_prompts(prompts, limit=limit or len(LENGTHS))
-        encoded = encode(items, base.require_tokenizer(), need_answer=False)
+        encoded = encode(without_answers(items), base.require_tokenizer(), need_answer=False)
         rows = [ids[mask].tolist() for ids, mask in zip(encoded.ids, encoded.mask, strict=True)]
         if len({*map(len, rows)}) == 1:  # texts of one length need no padding: cut them to several
             rows = [row[: max(2, len(row) - at)] for at, row in enumerate(rows)]

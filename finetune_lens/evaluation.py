@@ -23,7 +23,7 @@ from torch import Tensor
 
 from finetune_lens.errors import InputError
 from finetune_lens.hooked.model import HookedModel
-from finetune_lens.prompts import Encoded, Prompt, encode, read_prompts
+from finetune_lens.prompts import Encoded, Prompt, encode, read_prompts, without_answers
 
 Objective = Literal["auto", "answer", "labels", "text"]
 OBJECTIVES = ("auto", "answer", "labels", "text")
@@ -159,8 +159,7 @@ def _encoded(prompts: list[Prompt], tokenizer: Any, objective: str, labels: tupl
             raise InputError(f"two of the label words begin with the same token: {', '.join(map(repr, labels))}")
         return encoded
     if objective == "text":
-        bare = [replace(p, answer=(), wrong=()) for p in prompts]
-        encoded = encode(bare, tokenizer, padding="right", need_answer=False)
+        encoded = encode(without_answers(prompts), tokenizer, padding="right", need_answer=False)
         short = [p.id for p, length in zip(prompts, encoded.mask.sum(1).tolist(), strict=True) if length < 2]
         if short:
             raise InputError(f"prompt {short[0]} is a single token: nothing of it can be predicted")

@@ -294,6 +294,11 @@ def encode(
     return Encoded(ids, mask, read_at, answers, wrongs, is_prompt, is_text, printed)
 
 
+def without_answers(prompts: Sequence[Prompt]) -> list[Prompt]:
+    """The texts alone, for what scores no answers: those of several tokens are no matter."""
+    return [replace(prompt, answer=(), wrong=()) for prompt in prompts]
+
+
 def _refuse(what: str, bad: list[bool], names: list[str]) -> None:
     found = [name for name, is_bad in zip(names, bad, strict=True) if is_bad]
     if found:

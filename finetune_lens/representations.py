@@ -104,6 +104,7 @@ def compare_representations(
     from finetune_lens.hooked.effects import describe_prompts
     from finetune_lens.hooked.features import collect
     from finetune_lens.hooked.loading import as_model
+    from finetune_lens.prompts import without_answers
     from finetune_lens.results.representations import Representations
 
     if pool not in ("mean", "each"):
@@ -116,7 +117,8 @@ def compare_representations(
     if null and not same_depth:
         raise InputError("null models are compared depth by depth, and base and tuned have different numbers of layers")
     sites = [sites_of(model, site) for model in (base, tuned)]
-    encoded = encode_alike((base, tuned), items, need_answer=False, padding="right")
+    bare = without_answers(items)
+    encoded = encode_alike((base, tuned), bare, need_answer=False, padding="right")
     if check:
         require_safe(pair, device=device, dtype=dtype)
     columns = own_columns(encoded)
@@ -138,7 +140,7 @@ def compare_representations(
         )  # fmt: skip
         if model.layers != base.layers:
             raise InputError(f"the null model {model.name} has {model.layers} layers, the base {base.layers}")
-        encode_alike((base, model), items, need_answer=False)
+        encode_alike((base, model), bare, need_answer=False)
         others[f"{number}: {Path(model.name).name}"] = read(model, sites_of(model, site), f"null {number}")
     where = base.device if base.device.type != "mps" else torch.device("cpu")  # which has no float64
     sides = [read(m, names, side) for m, names, side in zip((base, tuned), sites, ("base", "tuned"), strict=True)]

@@ -313,3 +313,14 @@ def test_a_long_prompt_is_cut(library):
     (ax, *_) = plots.attention_maps(result)
     assert "".join(t.get_text() for t in ax.get_yticklabels()) == "a" + text[-39:]
     plt.close("all")
+
+
+def test_answers_are_no_matter_to_what_reads_texts_alone(library):
+    base = library.model("llama")
+    pair = fl.ModelPair.load(base, tuned_copy(base), tokenizer=letters())
+    prompts = [{"prompt": text, "answer": "abc", "wrong": ["abd"]} for text in TEXTS]
+    options = {"check": False, "progress": False}
+    for function in (fl.compare_attention, fl.compare_representations):
+        one, other = (function(pair, given, **options).to_frame() for given in (prompts, TEXTS))
+        assert one.equals(other), function
+    assert fl.check_pair(pair, prompts, progress=False).passed

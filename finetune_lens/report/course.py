@@ -11,7 +11,7 @@ Nothing is left out in silence: what does not run has its reason beside it.
 import hashlib
 import json
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -180,7 +180,7 @@ def steps(inputs: Inputs) -> Iterator[Step]:
     no_prompts = no_model or ("" if asked else "no prompts were given (--prompts)")
     with_check = {name: value for name, value in seeded.items() if name not in ("batch_size", "limit")}
     yield Step(
-        "check", lambda partial: fl.check_pair(pair, _unanswered(asked), **with_check), no_model, True,
+        "check", lambda partial: fl.check_pair(pair, asked, **with_check), no_model, True,
         f"{sides}{_given(inputs.prompts)}",
     )  # fmt: skip
     trusted = {"check": False}
@@ -253,11 +253,6 @@ def _scored(inputs: Inputs, prompts: "Sequence[Prompt]") -> dict[str, Any]:
     except InputError:
         return {"metric": "logprob", "whole_answer": True}
     return {"metric": "logit_diff" if all(p.wrong for p in prompts) else "logprob", "whole_answer": False}
-
-
-def _unanswered(prompts: "Sequence[Prompt] | None") -> "list[Prompt] | None":
-    """The texts alone, for what scores no answers."""
-    return None if prompts is None else [replace(p, answer=(), wrong=()) for p in prompts]
 
 
 def _cannot_run(inputs: Inputs) -> str:
@@ -339,7 +334,7 @@ class Texts:
             from finetune_lens.representations import read_texts
 
             return read_texts(self._inputs.texts, limit=self._inputs.execution["limit"])
-        return _unanswered(self._prompts) or self._written()
+        return self._prompts or self._written()
 
     def _written(self) -> list[dict[str, str]]:
         if self._own is None:
