@@ -5,6 +5,7 @@ import importlib
 import importlib.util
 import re
 import shlex
+from contextlib import suppress
 from functools import cache
 from typing import Any
 from unittest import mock
@@ -32,7 +33,7 @@ def command_of(name: str) -> Any:
     found = importlib.util.find_spec(module)
     home = f"{module}.__main__" if found and found.submodule_search_locations else module
     caught: list[typer.Typer] = []
-    with mock.patch.object(typer.Typer, "__call__", lambda app, **_: caught.append(app)):
+    with mock.patch.object(typer.Typer, "__call__", lambda app, **_: caught.append(app)), suppress(SystemExit):
         importlib.import_module(home).main()
     return typer.main.get_command(caught[0])
 

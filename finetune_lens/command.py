@@ -300,7 +300,17 @@ def run(*functions: Callable[..., None]) -> None:
     app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None)
     for function in functions:
         app.command(name=function.__name__)(_guarded(function))
-    app(prog_name=f"python -m {functions[0].__module__.removesuffix('.__main__')}")
+    name = f"python -m {functions[0].__module__.removesuffix('.__main__')}"
+    try:
+        code = app(prog_name=name, standalone_mode=False)
+    except Exception as error:
+        if not hasattr(error, "format_message"):  # typer's, of options and arguments
+            raise
+        asked = getattr(error, "ctx", None)
+        help_of = asked.command_path if asked else name
+        print(f"error: {error.format_message().rstrip('.')}; `{help_of} --help` lists what there is", file=sys.stderr)
+        code = 2
+    sys.exit(code or 0)
 
 
 def _guarded(function: Callable[..., None]) -> Callable[..., None]:

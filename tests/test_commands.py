@@ -8,6 +8,7 @@ import re
 import subprocess
 import sys
 import typing
+from contextlib import suppress
 
 import numpy as np
 import pytest
@@ -251,6 +252,25 @@ def test_a_seed_below_zero_is_one_error(pair_files, tmp_path, monkeypatch, capsy
     assert not (tmp_path / "o").exists()
 
 
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        ([], "Missing argument 'BASE'"),
+        (["base", "tuned", "--limit", "0"], "'--limit': Input should be greater than or equal to 1"),
+        (["base", "tuned", "--sed", "3"], "No such option: --sed"),
+        (["base", "tuned", "third"], "unexpected extra argument(s) (third)"),
+    ],
+)
+def test_a_slip_in_the_command_line_is_one_line(arguments, says, monkeypatch, capsys):
+    assert command(updates, *arguments, monkeypatch=monkeypatch) == 2
+    printed = capsys.readouterr()
+    [line] = printed.err.splitlines()
+    assert says in line
+    assert line.startswith("error: ")
+    assert line.endswith("`python -m finetune_lens.updates --help` lists what there is")
+    assert not printed.out
+
+
 def test_an_error_without_a_file_has_no_place(pair_files, tmp_path, monkeypatch, capsys):
     def full(*_, **__):
         raise OSError(28, "No space left on device")
@@ -300,7 +320,8 @@ def options_of(name):
     apps = []
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(typer.Typer, "__call__", lambda app, **_: apps.append(app))
-        importlib.import_module(listing._home(name)).main()
+        with suppress(SystemExit):
+            importlib.import_module(listing._home(name)).main()
     found = {}
     for registered in apps[0].registered_commands:
         for parameter in inspect.signature(registered.callback).parameters.values():
@@ -318,7 +339,8 @@ def helps_of(name):
     apps = []
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(typer.Typer, "__call__", lambda app, **_: apps.append(app))
-        importlib.import_module(listing._home(name)).main()
+        with suppress(SystemExit):
+            importlib.import_module(listing._home(name)).main()
     found = typer.main.get_command(apps[0])
     for each in getattr(found, "commands", {"": found}).values():
         yield each, [each.help or "", *(p.help or "" for p in each.params)]

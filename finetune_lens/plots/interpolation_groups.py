@@ -25,8 +25,8 @@ def interpolation_groups(
     n: int = 24,
     ax: "Axes | None" = None,
 ) -> "Axes":
-    """What each group's update brings alone and what is lost without it, with 95 % intervals; of many groups the `n`
-    with the largest effect. Dashed: the gain, tuned − base.
+    """What each group's update brings alone and what is lost without it, with 95 % intervals; of many groups
+    those with the largest effect. Dashed: the gain, tuned − base.
 
     Raises:
         InputError: groups were not scaled, or no such file or metric.
