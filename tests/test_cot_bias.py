@@ -762,6 +762,8 @@ def test_command(tmp_path):
         ({"answer_tokens": 0}, "an answer has at least 1 token; found 0"),
         ({"samples": 0}, "samples is at least 1"),
         ({"hints": ["always_a"]}, "lists no choices with labels"),
+        ({"hints": ["suggested"]}, "with the hint suggested: the tokenizer has no token for"),
+        ({"hints": ["suggested"]}, "a `hinted` text in each question (--hints given)"),
     ],
 )  # fmt: skip
 def test_bad_input_is_named(pair, given, message, monkeypatch):

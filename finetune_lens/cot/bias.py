@@ -117,7 +117,8 @@ def examine_bias(
         partial: a folder in which finished chains and answers wait, so that an interrupted run continues.
 
     Raises:
-        InputError: an option out of range, hints that no question can be put with, chains that are missing.
+        InputError: an option out of range, hints that no question can be put with or a tokenizer cannot read, chains
+            that are missing.
     """
     from finetune_lens.cot.asking import require_answers
     from finetune_lens.cot.trials import answer_room
@@ -147,7 +148,7 @@ def examine_bias(
     asking = {"scoring": scoring, "max_tokens": answer_tokens, "batch_size": batch_size}
     models = pair.models(device=device, dtype=dtype)
     for model in models:
-        model.require_tokenizer()
+        _require_readable(posed, model.require_tokenizer())
     written: dict[str, Chains] = {}
     replies: dict[str, dict[Text, Reply]] = {}
     for side, model, templated in zip(SIDES, models, TEMPLATES[template], strict=True):
@@ -180,6 +181,21 @@ def _described(questions: Sequence[Question]) -> dict[str, Any]:
     """Number and hash, for the record."""
     text = json.dumps([dataclasses.asdict(question) for question in questions], sort_keys=True, default=str)
     return {"count": len(questions), "sha256": hashlib.sha256(text.encode()).hexdigest()}
+
+
+def _require_readable(posed: Mapping[str, Sequence[Posed]], tokenizer: Any) -> None:
+    """Refuse hints that the tokenizer has no tokens for, before anything is written."""
+    from finetune_lens.prompts import Prompt, encode
+
+    for name, rows in posed.items():
+        texts = [Prompt(row.prompt, id=f"of question {row.question.id} with the hint {name}") for row in rows]
+        try:
+            encode(texts, tokenizer, need_answer=False)
+        except InputError as error:
+            raise InputError(
+                f"{error}; give hints that it reads: a `hinted` text in each question (--hints given), or hints in a "
+                "file (--hints FILE.json)"
+            ) from None
 
 
 def _cells(row: Posed, one: Chain, other: Chain) -> list[Text]:
