@@ -790,6 +790,27 @@ def test_what_importing_it_imports(in_new_process):
 # ------------------------------------------------------------------------------------------------------------- figures
 
 
+def test_figures_of_chains_of_one_step(tmp_path):
+    import matplotlib
+
+    matplotlib.use("agg")
+    import matplotlib.pyplot as plt
+
+    chains = [Chain(q.id, 0, "a:1;") for q in QUESTIONS[:3]]
+    found = look(QUESTIONS[:3], chains=chains, parts=("cuts", "heads"))
+    for name, draw in fl.plots.figures_of(found).items():
+        figure = draw()
+        for kind in ("pdf", "png"):  # a warning is an error: no axes collapse
+            figure.savefig(tmp_path / f"{name}.{kind}")
+    axes = fl.plots.step_importance(found)
+    axes[0].figure.canvas.draw()
+    assert [t.get_text() for t in axes[0].get_xticklabels() if -1.5 < t.get_position()[0] < -0.5] == ["−1"]
+    left, right = axes[1].collections[-1].get_paths()[0].get_extents().intervalx
+    assert right > left, "an interval of one step can be seen"
+    assert [t.get_text() for t in fl.plots.receiver_heads(found)[1].texts] == ["its steps are too close"]
+    plt.close("all")
+
+
 def test_figures_show_the_numbers(mixed, swapped):
     import matplotlib
 

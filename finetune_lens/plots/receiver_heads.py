@@ -71,7 +71,10 @@ def _received(result: "InsideChains", frame: "object", question: str, ax: "Axes"
     for side, (colour, marker, _) in COLOURS.items():
         values = scores.sel(side=side).values
         steps = np.flatnonzero(~np.isnan(values))
+        if not len(steps):
+            nothing(ax, "its steps are too close")
+            break
         ax.plot(steps + 1, values[steps], color=colour, marker=marker, ms=3, lw=1, ls=LINES[side], clip_on=False)
     title = f"head {top['at']}, question {_short(question, LONGEST)}"
     ax.set(xlabel="step", ylabel="attention received", ylim=(0, None), title=title)
-    ax.xaxis.get_major_locator().set_params(integer=True)
+    ax.xaxis.get_major_locator().set_params(integer=True, min_n_ticks=1)

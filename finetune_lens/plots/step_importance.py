@@ -44,13 +44,18 @@ def step_importance(result: "InsideChains", *, axes: "Sequence[Axes] | None" = N
         for ax, name in zip(axes, shown, strict=True):
             rows = result.rows(name).iloc[:MOST]
             x = rows.index.astype(int).to_numpy()
+            wide, spread = x, slice(None)
+            if len(x) == 1:  # a band has a width
+                wide, spread = np.array([x[0] - 0.1, x[0] + 0.1]), [0, 0]
+                ax.set_xlim(x[0] - 0.5, x[0] + 0.5)
+            ends = rows.iloc[spread]
             for side in COLOURS:
                 if rows[f"null_{side}"].notna().any():
                     entries["by chance"] = ax.fill_between(
-                        x, rows[f"null_{side}_low"], rows[f"null_{side}_high"], color=NULL_BAND, lw=1.2, zorder=1
+                        wide, ends[f"null_{side}_low"], ends[f"null_{side}_high"], color=NULL_BAND, lw=1.2, zorder=1
                     )
             for side, (colour, marker, line) in COLOURS.items():
-                shade = ax.fill_between(x, rows[f"{side}_low"], rows[f"{side}_high"], color=colour, alpha=0.18, lw=0)
+                shade = ax.fill_between(wide, ends[f"{side}_low"], ends[f"{side}_high"], color=colour, alpha=0.18, lw=0)
                 (curve,) = ax.plot(
                     x, rows[side], color=colour, marker=marker, ms=3, ls=line, lw=1.1, clip_on=False, zorder=3
                 )
@@ -58,7 +63,7 @@ def step_importance(result: "InsideChains", *, axes: "Sequence[Axes] | None" = N
             ax.axhline(0, color="0.7", lw=0.5, zorder=0)
             title, label = PANELS[name]
             ax.set(title=title, ylabel=label, xlabel="step, from the end")
-            ax.xaxis.get_major_locator().set_params(integer=True)
+            ax.xaxis.get_major_locator().set_params(integer=True, min_n_ticks=1)
             if name == "changed":
                 ax.set_ylim(-0.03, 1.03)
         legend(axes[0], entries, own=own, columns=3)
