@@ -97,16 +97,13 @@ def cross_patch(
     from finetune_lens.hooked.effects import Direction, Options, effects
     from finetune_lens.hooked.grid import aligned, grid_of_sets, make_grid, require_same_tokens
     from finetune_lens.hooked.sweep import Side
-    from finetune_lens.prompts import read_prompts
+    from finetune_lens.prompts import read_prompts, require_template
     from finetune_lens.results.cmap import CrossPatching
 
     direction = ASCII.get(direction, direction)
     if direction not in (*DIRECTIONS, "both"):
         raise InputError(f"direction is one of {', '.join(DIRECTIONS)}, both; found {direction!r}")
-    if template not in ("none", "each"):
-        raise InputError(
-            f"template is none or each, for cross-patching needs the same tokens on both sides; found {template!r}"
-        )
+    templated = require_template(template)
     options = Options(metric, method, steps, batch_size, progress, partial)
     items = read_prompts(prompts, limit=limit)
     base, tuned = pair.models(device=device, dtype=dtype)
@@ -114,7 +111,7 @@ def cross_patch(
         raise InputError(
             f"{base.name} has {base.layers} layers and {tuned.name} {tuned.layers}; expected models of one depth"
         )
-    reading = {"align": align, "whole": whole_answer, "template": template == "each", "need_answer": metric != "kl"}
+    reading = {"align": align, "whole": whole_answer, "template": templated, "need_answer": metric != "kl"}
     where = aligned(items, base.require_tokenizer(), corrupted=False, **reading)
     require_same_tokens(where, aligned(items, tuned.require_tokenizer(), corrupted=False, **reading), items)
     grid = (

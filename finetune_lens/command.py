@@ -24,6 +24,7 @@ import typer
 
 from finetune_lens.errors import GateFailed, InputError
 from finetune_lens.files import whole_file
+from finetune_lens.prompts import require_template
 
 if TYPE_CHECKING:
     from finetune_lens.hooked import HookedModel
@@ -45,6 +46,7 @@ Fused = Annotated[bool, typer.Option("--fused", help="Keep fused q/k/v and gate/
 Orientation = Annotated[
     str, typer.Option(help="GPT-2-style weights: auto (from the shapes), conv1d (in, out), linear (out, in).")
 ]
+Template = Annotated[str, typer.Option(help="Chat template on the prompts: none or each.")]
 AllowNonfinite = Annotated[
     bool, typer.Option("--allow-nonfinite", help="Exit 0 although weights with NaN or Inf were left out.")
 ]
@@ -187,7 +189,7 @@ class Patching(Running):
         bool,
         typer.Option("--whole-answer", help="Score all tokens of the answer together (with --metric logprob)."),
     ] = False
-    template: Annotated[str, typer.Option(help="Chat template on the prompts: none or each.")] = "none"
+    template: Template = "none"
 
     def grid(self) -> dict[str, Any]:
         """What to patch and what to read, as the analyses take it."""
@@ -201,8 +203,7 @@ class Patching(Running):
 
     def options(self) -> dict[str, Any]:
         """The rest of what `patch` and `cross_patch` share."""
-        if self.template not in ("none", "each"):
-            raise InputError(f"template is none or each; found {self.template!r}")
+        require_template(self.template)
         return {
             "sets": read_sets(self.sets),
             "method": self.method,

@@ -60,6 +60,7 @@ def compress(
     scales: Sequence[float] = SCALES,
     embeddings: bool = False,
     objective: str = "auto",
+    template: str = "none",
     seed: int = 0,
     batch_size: int | None = None,
     limit: int | None = None,
@@ -77,6 +78,7 @@ def compress(
         scales: the α.
         embeddings: compress what lies outside the blocks too: embeddings, unembedding, the last norm.
         objective: how examples are scored (`finetune_lens.evaluation`): auto, answer, labels, text.
+        template: "none"; "each" puts the prompts through the chat template, the same tokens for both models.
         seed: of the random entries and of the halves.
         batch_size: examples at once.
         limit: only the first so many examples.
@@ -87,8 +89,9 @@ def compress(
     """
     from finetune_lens.evaluation import label_words, read_examples
     from finetune_lens.hybrid import Hybrid
-    from finetune_lens.prompts import read_prompts
+    from finetune_lens.prompts import read_prompts, require_template
 
+    templated = require_template(template)
     densities, scales = (sorted({float(x) for x in values}) for values in (densities, scales))
     if not densities or not all(0 < d <= 1 for d in densities):
         raise InputError(f"densities are shares of the entries, in (0, 1]; found {_listed(densities)}")
@@ -102,7 +105,7 @@ def compress(
         )
     hybrid = Hybrid(pair, device=device, dtype=dtype)
     labels = label_words([items]) if objective == "labels" else ()
-    examples = read_examples(items, hybrid.tokenizers, objective=objective, labels=labels)
+    examples = read_examples(items, hybrid.tokenizers, objective=objective, labels=labels, template=templated)
     update = _Update(hybrid, embeddings=embeddings, seed=seed, progress=progress)
     update.cut(densities, progress=progress)
     found = _measured(update, examples, densities, scales, batch_size, progress, partial)
@@ -266,12 +269,9 @@ def _measured(
             points["random", d, s] = lambda d=d, s=s: update.rules("random", d, s)
     store = None
     if partial is not None and hybrid.pair.fingerprint:
-        encoded = examples.encoded
         facts = {
             "analysis": "compression", "model": hybrid.model.describe(), "weights": update.inside, "seed": update.seed,
-            "examples": [encoded.ids.tolist(), encoded.read_at.tolist(), encoded.answers.tolist()],
-            "objective": examples.objective, "labels": examples.labels,
-            "targets": None if examples.targets is None else examples.targets.tolist(),
+            "examples": examples.identity(),
         }  # fmt: skip
         store = Store(partial, hybrid.pair.fingerprint, facts)
     found = {}
@@ -335,7 +335,7 @@ def _assemble(
 def main() -> None:
     import typer
 
-    from finetune_lens.command import Base, OutputFolder, Running, Tuned, finish, run, span
+    from finetune_lens.command import Base, OutputFolder, Running, Template, Tuned, finish, run, span
 
     def compression(
         base: Base,
@@ -350,6 +350,7 @@ def main() -> None:
             bool, typer.Option("--embeddings", help="Compress what lies outside the blocks too.")
         ] = False,
         objective: Annotated[str, typer.Option(help="How examples are scored: auto, answer, labels, text.")] = "auto",
+        template: Template = "none",
         common: Running,
     ) -> None:
         """Compress the update to a few signs, and measure how much of the tuned model's behaviour they recover."""
@@ -361,8 +362,8 @@ def main() -> None:
         pair = common.pair(base, tuned)
         folder.check()
         result = compress(
-            pair, items, embeddings=embeddings, objective=objective, seed=common.seed, partial=folder.partial,
-            **grid, **common.execution(),
+            pair, items, embeddings=embeddings, objective=objective, template=template, seed=common.seed,
+            partial=folder.partial, **grid, **common.execution(),
         )  # fmt: skip
         finish(result, folder, common)
 

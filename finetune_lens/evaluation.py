@@ -8,17 +8,21 @@ Three objectives, all in nats:
   "Making Pre-trained Language Models Better Few-shot Learners", §4); right when the likeliest one is the answer.
 - text: the mean of −log p(next token) over the text; its accuracy is the share of tokens that are the likeliest.
 
+With a chat template each prompt is a user's message, and an answer is what the model says to it. A text is read within
+the template too, and its own tokens alone are scored, those of the template are not.
+
 Cost: one forward pass an example; the unembedding is computed where an answer is read only.
 """
 
+import hashlib
 import math
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from typing import Any, Literal
 
 import numpy as np
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from finetune_lens.errors import InputError
@@ -39,6 +43,7 @@ class Examples:
 
     Attributes:
         targets: of "labels" the position of the right one among them.
+        template: whether the prompts are within the chat template.
     """
 
     prompts: list[Prompt]
@@ -46,6 +51,7 @@ class Examples:
     objective: str
     labels: tuple[str, ...] = ()
     targets: "Int[Tensor, ' example'] | None" = None
+    template: bool = False
 
     def __len__(self) -> int:
         return len(self.prompts)
@@ -53,6 +59,14 @@ class Examples:
     @property
     def texts(self) -> list[str]:
         return [p.prompt for p in self.prompts]
+
+    def identity(self) -> str:
+        """A hash of all that decides the scores."""
+        found = hashlib.sha256(repr((self.objective, self.labels, self.template)).encode())
+        tensors = [getattr(self.encoded, f.name) for f in fields(Encoded) if f.name != "tokens"]
+        for tensor in [*tensors, *([] if self.targets is None else [self.targets])]:
+            found.update(repr(tuple(tensor.shape)).encode() + tensor.numpy().tobytes())
+        return found.hexdigest()
 
 
 @dataclass(frozen=True)
@@ -104,6 +118,7 @@ def read_examples(
     *,
     objective: Objective = "auto",
     labels: Sequence[str] = (),
+    template: bool = False,
     limit: int | None = None,
 ) -> Examples:
     """Read a prompt file and tokenise it.
@@ -113,6 +128,7 @@ def read_examples(
         tokenizers: the base's, and the tuned model's where it has one: both have to read the texts alike.
         objective: "auto" is "answer" where prompts have answers and "text" where none has.
         labels: of "labels", the words.
+        template: put each prompt as a user's message through the tokenizer's chat template.
 
     Raises:
         InputError: labels of more than one token, or of the same token; a label that is not among them; what
@@ -123,7 +139,7 @@ def read_examples(
     prompts = read_prompts(source, limit=limit)
     if objective == "auto":
         objective = "answer" if any(p.answer for p in prompts) else "text"
-    encoded, *others = [_encoded(prompts, t, objective, tuple(labels)) for t in tokenizers if t is not None]
+    encoded, *others = [_encoded(prompts, t, objective, tuple(labels), template) for t in tokenizers if t is not None]
     for other in others:
         differ = [row for row in range(len(encoded)) if encoded.tokens[row] != other.tokens[row]]
         if differ or not torch.equal(encoded.ids, other.ids) or not torch.equal(encoded.answers, other.answers):
@@ -135,10 +151,11 @@ def read_examples(
     targets = None
     if objective == "labels":
         targets = torch.tensor([labels.index(p.answer[0]) for p in prompts])
-    return Examples(prompts, encoded, objective, tuple(labels), targets)
+    return Examples(prompts, encoded, objective, tuple(labels), targets, template)
 
 
-def _encoded(prompts: list[Prompt], tokenizer: Any, objective: str, labels: tuple[str, ...]) -> Encoded:
+def _encoded(prompts: list[Prompt], tokenizer: Any, objective: str, labels: tuple[str, ...], template: bool) -> Encoded:
+    options: dict[str, Any] = {"template": template, "padding": "right"}
     if objective == "labels":
         for prompt in prompts:
             if len(prompt.answer) != 1:
@@ -147,7 +164,7 @@ def _encoded(prompts: list[Prompt], tokenizer: Any, objective: str, labels: tupl
                 raise InputError(f"prompt {prompt.id}: {prompt.answer[0]!r} is no label; they are {', '.join(labels)}")
         asked = [replace(p, answer=labels, wrong=()) for p in prompts]
         try:
-            encoded = encode(asked, tokenizer, padding="right")
+            encoded = encode(asked, tokenizer, **options)
         except InputError as error:
             which, several, _ = str(error).partition("; take answers of one token")
             if not several:
@@ -159,13 +176,19 @@ def _encoded(prompts: list[Prompt], tokenizer: Any, objective: str, labels: tupl
             raise InputError(f"two of the label words begin with the same token: {', '.join(map(repr, labels))}")
         return encoded
     if objective == "text":
-        encoded = encode(without_answers(prompts), tokenizer, padding="right", need_answer=False)
-        short = [p.id for p, length in zip(prompts, encoded.mask.sum(1).tolist(), strict=True) if length < 2]
+        encoded = encode(without_answers(prompts), tokenizer, need_answer=False, **options)
+        some = _predicted(encoded, template).any(1).tolist()
+        short = [p.id for p, there in zip(prompts, some, strict=True) if not there]
         if short:
-            raise InputError(f"prompt {short[0]} is a single token: nothing of it can be predicted")
+            raise InputError(f"prompt {short[0]} has no token that comes after another: nothing of it can be predicted")
         return encoded
     whole = all(len(p.answer) <= 1 for p in prompts)
-    return encode(prompts, tokenizer, whole=whole, padding="right")
+    return encode(prompts, tokenizer, whole=whole, **options)
+
+
+def _predicted(encoded: Encoded, template: bool) -> Bool[Tensor, "example next"]:
+    """Which tokens of a text are scored, from the second on: all, and within a template the user's own."""
+    return (encoded.text_columns if template else encoded.mask)[:, 1:]
 
 
 def measure(model: HookedModel, examples: Examples, *, batch_size: int | None = None) -> Scores:
@@ -233,7 +256,8 @@ def read_out(model: HookedModel, examples: Examples, index: Tensor) -> dict[str,
     width = int(batch.mask.sum(1).max())
     ids, mask = batch.ids[:, :width], batch.mask[:, :width]
     if examples.objective == "text":
-        return _of_texts(_logits(model, ids, mask, None)[:, :-1], ids[:, 1:], mask[:, 1:])
+        predicted = _predicted(batch, examples.template)[:, : width - 1]
+        return _of_texts(_logits(model, ids, mask, None)[:, :-1], ids[:, 1:], predicted)
     logits = _logits(model, ids, mask, batch.read_at)
     answers = batch.answers.to(logits.device)
     if examples.objective == "labels":

@@ -10,8 +10,6 @@ A text lies in one part only, however often it is in the file.
 (3, {'task': 1, 'mirrored': 1})
 """
 
-import hashlib
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -53,8 +51,8 @@ class Files:
         return found
 
     def identity(self) -> dict[str, str]:
-        """A hash of each part's tokens and answers."""
-        return {name: _identity(examples) for name, examples in [("", self.train), *self.measured.items()]}
+        """A hash of all that decides each part's scores."""
+        return {name: examples.identity() for name, examples in [("", self.train), *self.measured.items()]}
 
 
 def hold_out(
@@ -64,6 +62,7 @@ def hold_out(
     *,
     share: float,
     objective: str = "auto",
+    template: bool = False,
     limit: int | None = None,
     seed: int = 0,
 ) -> Files:
@@ -74,7 +73,7 @@ def hold_out(
         evaluate: name → other prompts to measure.
         tokenizers: of every model that reads them; they have to read alike.
         share: of the task's texts, to hold out; 0: the task is for training alone, and `evaluate` is measured.
-        objective: as of `finetune_lens.evaluation`.
+        objective, template: as of `finetune_lens.evaluation`.
         limit: only the first so many prompts of each file.
         seed: of which texts are held out.
 
@@ -96,7 +95,8 @@ def hold_out(
         notes.append(f"{len(parts[TASK])} of the {len(task)} prompts were held out, and are measured as {TASK!r}")
     parts |= {name: read_prompts(source, limit=limit) for name, source in evaluate.items()}
     labels = label_words(list(parts.values())) if objective == "labels" else ()
-    found = {n: read_examples(p, tokenizers, objective=objective, labels=labels) for n, p in parts.items()}
+    how = {"objective": objective, "labels": labels, "template": template}
+    found = {name: read_examples(part, tokenizers, **how) for name, part in parts.items()}
     if len({examples.objective for examples in found.values()}) > 1:
         said = ", ".join(f"{name or TASK}: {examples.objective}" for name, examples in found.items())
         raise InputError(f"some files have answers and some are texts alone ({said}); name one objective for all")
@@ -123,8 +123,3 @@ def named(paths: Sequence[Path]) -> dict[str, Path]:
             raise InputError(f"{path} and {found[path.stem]} are both called {path.stem!r}; give them different names")
         found[path.stem] = path
     return found
-
-
-def _identity(examples: Examples) -> str:
-    facts = [examples.encoded.ids.tolist(), examples.encoded.answers.tolist(), examples.objective, examples.labels]
-    return hashlib.sha256(json.dumps(facts).encode()).hexdigest()

@@ -294,6 +294,17 @@ def encode(
     return Encoded(ids, mask, read_at, answers, wrongs, is_prompt, is_text, printed)
 
 
+def require_template(template: str) -> bool:
+    """Whether prompts go through the chat template: "each", or "none". For what has all sides read the same tokens.
+
+    Raises:
+        InputError: something else; "tuned" too, by which the sides would read different tokens.
+    """
+    if template not in ("none", "each"):
+        raise InputError(f"template is none or each, for all sides read the same tokens; found {template!r}")
+    return template == "each"
+
+
 def without_answers(prompts: Sequence[Prompt]) -> list[Prompt]:
     """The texts alone, for what scores no answers: those of several tokens are no matter."""
     return [replace(prompt, answer=(), wrong=()) for prompt in prompts]

@@ -71,6 +71,7 @@ def prune(
     counts: Sequence[int] | None = None,
     random_seeds: int = 5,
     objective: str = "auto",
+    template: str = "none",
     seed: int = 0,
     batch_size: int | None = None,
     limit: int | None = None,
@@ -92,6 +93,7 @@ def prune(
         counts: how many units to remove; by default 1, 2, 5, 10, 15, 20, 50 … (weights: powers of ten), to half of all.
         random_seeds: random removals whose accuracies are averaged.
         objective: answer, labels, text or auto, as of `finetune_lens.evaluation`.
+        template: "none"; "each" puts the prompts through the chat template, the same tokens for both models.
         seed: of the halves and the random removals.
         partial: folder in which finished measurements wait, so that an interrupted run continues.
 
@@ -102,6 +104,7 @@ def prune(
 
     from finetune_lens.held_out import hold_out
     from finetune_lens.hybrid import Hybrid
+    from finetune_lens.prompts import require_template
     from finetune_lens.results.pruning import Pruning
     from finetune_lens.stream import Store
 
@@ -109,8 +112,9 @@ def prune(
         raise InputError(f"unit is neuron or weight; found {unit!r}")
     if random_seeds < 1 or seed < 0:
         raise InputError(f"random_seeds is at least 1 and seed at least 0; found {random_seeds} and {seed}")
+    templated = require_template(template)
     hybrid = Hybrid(pair, device=device, dtype=dtype)
-    options = {"share": SHARE, "objective": objective, "limit": limit, "seed": seed}
+    options = {"share": SHARE, "objective": objective, "template": templated, "limit": limit, "seed": seed}
     files = hold_out(prompts, evaluate, hybrid.tokenizers, **options)
     course = _Course(hybrid, files, unit, seed, batch_size)
     levels = _levels(counts, unit, sum(course.units.values()))
@@ -347,7 +351,7 @@ def _commonest(files: "Files") -> np.ndarray:
 def main() -> None:
     import typer
 
-    from finetune_lens.command import Base, OutputFolder, Running, Tuned, finish, numbers, run
+    from finetune_lens.command import Base, OutputFolder, Running, Template, Tuned, finish, numbers, run
 
     def pruning(
         base: Base,
@@ -368,6 +372,7 @@ def main() -> None:
         ] = None,
         random_seeds: Annotated[int, typer.Option(help="Random removals.")] = 5,
         objective: Annotated[str, typer.Option(help="auto, answer, labels (label words), text.")] = "auto",
+        template: Template = "none",
         common: Running,
     ) -> None:
         """Remove the few units that hide a capability, and see whether it returns."""
@@ -379,7 +384,7 @@ def main() -> None:
         folder.check()
         result = prune(
             pair, task, evaluate=held, unit=unit, counts=numbers(counts) if counts else None, random_seeds=random_seeds,
-            objective=objective, seed=common.seed, partial=folder.partial, **common.execution(),
+            objective=objective, template=template, seed=common.seed, partial=folder.partial, **common.execution(),
         )  # fmt: skip
         finish(result, folder, common)
 

@@ -252,7 +252,7 @@ def test_a_saved_result(library, tmp_path):
     ("options", "words"),
     [
         ({"direction": "nothing"}, "direction is one of tuned→base, base→tuned, both; found 'nothing'"),
-        ({"template": "tuned"}, "template is none or each, for cross-patching needs the same tokens"),
+        ({"template": "tuned"}, "template is none or each, for all sides read the same tokens"),
         ({"template": "each"}, "no chat template"),
         ({"site": "nothing"}, "site 'nothing' is unknown"),
         ({"heads": [4]}, "heads 0 to 3; found head 4"),

@@ -54,6 +54,7 @@ def graft(
     steps: int = 30,
     examples: int = 1024,
     objective: str = "auto",
+    template: str = "none",
     metric: str | None = None,
     baselines: bool = True,
     random_seeds: int = 3,
@@ -81,6 +82,7 @@ def graft(
         examples: whose gradient is averaged in a step.
         objective: answer (all tokens of the answer), labels (classification by label words: the distinct answers), text
             (next tokens), auto (answer where there are answers).
+        template: "none"; "each" puts the prompts through the chat template, the same tokens for both models.
         metric: accuracy or logprob, by which masks are chosen and Rel is taken; by default accuracy, of texts logprob.
         random_seeds: random masks whose scores are averaged.
         beside: graft files of other tasks on the same base: overlap, union.
@@ -93,6 +95,7 @@ def graft(
         InputError: an option out of range, labels that are not single tokens, no block that differs.
     """
     from finetune_lens.grafting.run import measured
+    from finetune_lens.prompts import require_template
 
     sparsities = tuple(sorted(float(s) for s in ((sparsity,) if isinstance(sparsity, float | int) else sparsity)))
     for value in sparsities:
@@ -117,17 +120,16 @@ def graft(
         raise InputError(f"metric is accuracy or logprob; found {metric!r}")
     return measured(
         pair, prompts, evaluate=dict(evaluate or {}), sparsities=sparsities, step=step, rate=rate, steps=steps,
-        count=examples, objective=objective, metric=metric, baselines=baselines, random_seeds=random_seeds,
-        beside=tuple(beside), folder=None if files is None else Path(files), seed=seed, batch_size=batch_size,
-        limit=limit, device=device, dtype=dtype,
-        progress=progress, partial=partial,
+        count=examples, objective=objective, template=require_template(template), metric=metric, baselines=baselines,
+        random_seeds=random_seeds, beside=tuple(beside), folder=None if files is None else Path(files), seed=seed,
+        batch_size=batch_size, limit=limit, device=device, dtype=dtype, progress=progress, partial=partial,
     )  # fmt: skip
 
 
 def main() -> None:
     import typer
 
-    from finetune_lens.command import Base, OutputFolder, Running, Tuned, finish, run, span
+    from finetune_lens.command import Base, OutputFolder, Running, Template, Tuned, finish, run, span
 
     def grafting(
         base: Base,
@@ -151,6 +153,7 @@ def main() -> None:
         steps: Annotated[int, typer.Option(help="Updates of the scores.")] = 30,
         examples: Annotated[int, typer.Option(help="Examples whose gradient is averaged in a step.")] = 1024,
         objective: Annotated[str, typer.Option(help="auto, answer, labels (label words), text.")] = "auto",
+        template: Template = "none",
         metric: Annotated[
             str | None,
             typer.Option(help="accuracy or logprob.  [default: accuracy; of texts logprob]", show_default=False),
@@ -168,8 +171,8 @@ def main() -> None:
         folder.check()
         result = graft(
             pair, train, evaluate=held, sparsity=span(sparsity), step=step, rate=rate, steps=steps, examples=examples,
-            objective=objective, metric=metric, baselines=baselines, beside=beside, files=folder.path, seed=common.seed,
-            partial=folder.partial, **common.execution(),
+            objective=objective, template=template, metric=metric, baselines=baselines, beside=beside,
+            files=folder.path, seed=common.seed, partial=folder.partial, **common.execution(),
         )  # fmt: skip
         finish(result, folder, common)
 

@@ -43,9 +43,9 @@ Row = dict[str, Any]
 
 def measured(
     pair: "ModelPair", prompts: Any, *, evaluate: Mapping[str, Any], sparsities: tuple[float, ...], step: float,
-    rate: float | None, steps: int, count: int, objective: str, metric: str | None, baselines: bool, random_seeds: int,
-    beside: tuple[str | Path, ...], folder: Path | None, seed: int, batch_size: int | None, limit: int | None,
-    device: str, dtype: str, progress: bool, partial: Path | None,
+    rate: float | None, steps: int, count: int, objective: str, template: bool, metric: str | None, baselines: bool,
+    random_seeds: int, beside: tuple[str | Path, ...], folder: Path | None, seed: int, batch_size: int | None,
+    limit: int | None, device: str, dtype: str, progress: bool, partial: Path | None,
 ) -> Grafting:  # fmt: skip
     """See `graft`."""
     others = {name: masks.Graft.load(path) for name, path in named(beside).items()}
@@ -54,7 +54,7 @@ def measured(
     for other in others.values():  # of this base, or it is said before anything is searched
         with hybrid.at(other):
             pass
-    files, notes = _read(hybrid, prompts, evaluate, objective, limit)
+    files, notes = _read(hybrid, prompts, evaluate, objective, template, limit)
     if any(weight.factored for weight in hybrid.weights.values()):
         notes.append(
             "the tuned model is a low-rank adapter, which moves all entries of the weights it adapts: localisation in "
@@ -80,7 +80,7 @@ def measured(
         "metric": metric, "objective": train.objective, "baselines": baselines, "random_seeds": random_seeds,
         "seed": seed, "dtype": str(hybrid.model.dtype),
         "others": [hashlib.sha256(Path(path).read_bytes()).hexdigest() for path in beside],
-        "texts": {name: _identity(examples) for name, examples in (files | {"all": train}).items()},
+        "texts": {name: examples.identity() for name, examples in (files | {"all": train}).items()},
     }  # fmt: skip
     store = Store(partial, pair.fingerprint, facts) if partial is not None and pair.fingerprint else None
     course = _Course(hybrid, files, store, batch_size)
@@ -137,14 +137,14 @@ def measured(
 
 
 def _read(
-    hybrid: Hybrid, prompts: Any, evaluate: Mapping[str, Any], objective: str, limit: int | None
+    hybrid: Hybrid, prompts: Any, evaluate: Mapping[str, Any], objective: str, template: bool, limit: int | None
 ) -> tuple[dict[str, Examples], list[str]]:
     """Every file's examples; and what is to be said of them."""
     given = {"train": read_prompts(prompts, limit=limit)}
     given |= {name: read_prompts(source, limit=limit) for name, source in evaluate.items()}
     labels = label_words(list(given.values())) if objective == "labels" else ()
-    tokenizers = hybrid.tokenizers
-    files = {n: read_examples(p, tokenizers, objective=objective, labels=labels) for n, p in given.items()}
+    how = {"objective": objective, "labels": labels, "template": template}
+    files = {name: read_examples(part, hybrid.tokenizers, **how) for name, part in given.items()}
     kinds = {examples.objective for examples in files.values()}
     if len(kinds) > 1:
         said = ", ".join(f"{name} {examples.objective}" for name, examples in files.items())
@@ -167,11 +167,6 @@ def _first(examples: Examples, index: torch.Tensor) -> Examples:
     prompts = [examples.prompts[i] for i in index.tolist()]
     targets = None if examples.targets is None else examples.targets[index]
     return replace(examples, prompts=prompts, encoded=examples.encoded.rows(index), targets=targets)
-
-
-def _identity(examples: Examples) -> str:
-    facts = [examples.encoded.ids.tolist(), examples.encoded.answers.tolist(), examples.objective]
-    return hashlib.sha256(json.dumps(facts).encode()).hexdigest()
 
 
 class _Course:

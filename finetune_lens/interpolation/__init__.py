@@ -64,6 +64,7 @@ def interpolate(
     rho: float = 0.05,
     draws: int = 5,
     objective: str = "auto",
+    template: str = "none",
     batch_size: int | None = None,
     limit: int | None = None,
     seed: int = 0,
@@ -86,6 +87,7 @@ def interpolate(
         rho: size of the perturbation, relative to each weight.
         draws: perturbations a layer.
         objective: as of `finetune_lens.evaluation`: auto, answer, labels (among all files' answers), text.
+        template: "none"; "each" puts the prompts through the chat template, the same tokens for both models.
         batch_size: examples at once.
         limit: only the first so many examples of each file.
         seed: of the halves and the perturbations.
@@ -96,6 +98,7 @@ def interpolate(
     """
     from finetune_lens.hybrid import Hybrid
     from finetune_lens.interpolation import points
+    from finetune_lens.prompts import require_template
     from finetune_lens.results.interpolation import Interpolation
 
     numbers = {"alphas": alphas, "group_alphas": group_alphas, "sharpness_alphas": sharpness_alphas}
@@ -103,8 +106,9 @@ def interpolate(
     parts = _parts(parts, by)
     if min(reset_seeds, draws) < 1 or not 0 < rho < np.inf:
         raise InputError(f"reset_seeds and draws are at least 1 and rho above 0; found {reset_seeds}, {draws}, {rho}")
+    templated = require_template(template)
     hybrid = Hybrid(pair, device=device, dtype=dtype)
-    examples = _examples(hybrid, prompts, objective, limit)
+    examples = _examples(hybrid, prompts, objective, templated, limit)
     weights, hashes = _weights(hybrid)
     every = hybrid.weights.values()
 
@@ -163,7 +167,9 @@ def _parts(parts: Sequence[str] | None, by: str | None) -> tuple[str, ...]:
     return tuple(parts)
 
 
-def _examples(hybrid: "Hybrid", prompts: Any, objective: str, limit: int | None) -> dict[str, "Examples"]:
+def _examples(
+    hybrid: "Hybrid", prompts: Any, objective: str, template: bool, limit: int | None
+) -> dict[str, "Examples"]:
     """The files by name."""
     from finetune_lens.evaluation import label_words, read_examples
     from finetune_lens.prompts import read_prompts
@@ -175,10 +181,8 @@ def _examples(hybrid: "Hybrid", prompts: Any, objective: str, limit: int | None)
         raise InputError("no file of prompts is given; expected one at least, that of the task")
     read = {str(name): read_prompts(source, limit=limit) for name, source in files.items()}
     labels = label_words(list(read.values())) if objective == "labels" else ()
-    return {
-        name: read_examples(source, hybrid.tokenizers, objective=objective, labels=labels)
-        for name, source in read.items()
-    }
+    how = {"objective": objective, "labels": labels, "template": template}
+    return {name: read_examples(source, hybrid.tokenizers, **how) for name, source in read.items()}
 
 
 def _weights(hybrid: "Hybrid") -> tuple[dict[str, Any], dict[str, Any]]:

@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from finetune_lens.command import Base, OutputFolder, Running, Tuned, finish, run, span
+from finetune_lens.command import Base, OutputFolder, Running, Template, Tuned, finish, run, span
 from finetune_lens.errors import InputError
 from finetune_lens.interpolation import interpolate
 from finetune_lens.prompts import read_prompts
@@ -40,6 +40,7 @@ def interpolation(
     rho: Annotated[float, typer.Option(help="Size of the perturbation, relative to each weight.")] = 0.05,
     draws: Annotated[int, typer.Option(min=1, help="Perturbations a layer.")] = 5,
     objective: Annotated[str, typer.Option(help="How answers are scored: auto, answer, labels, text.")] = "auto",
+    template: Template = "none",
     common: Running,
 ) -> None:
     """Metrics along the path from base to tuned model, and what each layer or component of the update carries."""
@@ -56,7 +57,8 @@ def interpolation(
     folder.check()
     result = interpolate(
         pair, read, by=by, parts=parts.split(",") if parts else None, reset_seeds=reset_seeds, rho=rho, draws=draws,
-        objective=objective, seed=common.seed, partial=folder.partial, **grids, **common.execution(),
+        objective=objective, template=template, seed=common.seed, partial=folder.partial, **grids,
+        **common.execution(),
     )  # fmt: skip
     finish(result, folder, common)
 

@@ -204,12 +204,8 @@ class Evaluator:
     def _facts(self) -> dict[str, Any]:
         """What decides the numbers beside the two models' files."""
         model = self.hybrid.model
-        asked = []
-        for e in self.examples.values():
-            tensors = (e.encoded.ids, e.encoded.mask.sum(1), e.encoded.answers, e.targets)
-            asked.append([e.objective, e.labels, *(None if t is None else t.tolist() for t in tensors)])
         facts = {"analysis": "interpolation", "model": model.describe(), "config": model.module.config.to_dict()}
-        return facts | {"examples": asked}
+        return facts | {"examples": [e.identity() for e in self.examples.values()]}
 
 
 def noise_of(seed: int, layer: int, draw: int) -> torch.Generator:

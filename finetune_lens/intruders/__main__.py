@@ -12,6 +12,7 @@ from finetune_lens.command import (
     Orientation,
     OutputFolder,
     Running,
+    Template,
     TunedOrSeveral,
     analyse_weights,
     run,
@@ -20,6 +21,7 @@ from finetune_lens.command import (
 from finetune_lens.errors import InputError
 from finetune_lens.intruders import find_intruders, scale_intruders
 from finetune_lens.intruders.scale import checked
+from finetune_lens.prompts import require_template
 
 if TYPE_CHECKING:
     from finetune_lens.pair import ModelPair
@@ -65,6 +67,7 @@ def intruders(
         bool, typer.Option("--recovery/--no-recovery", help="With --scale: also keep and remove intruders.")
     ] = True,
     random_draws: Annotated[int, typer.Option(help="With --scale: sets of random vectors kept and removed.")] = 3,
+    template: Template = "none",
     common: Running,
 ) -> None:
     """Intruder dimensions: leading singular vectors of the tuned weights that the base does not have.
@@ -72,7 +75,8 @@ def intruders(
     Several TUNED are checkpoints of one run: each intruder is followed from one to the next.
 
     With --scale the model runs (--dtype, --batch-size, --config, --tokenizer are about that): intruders and their
-    neighbours are scaled in all matrices, and every example of --eval is measured. --limit counts matrices.
+    neighbours are scaled in all matrices, and every example of --eval is measured (--template is about those).
+    --limit counts matrices.
     """
     several = len(tuned) > 1
     name = "trajectory" if several else "intruders"
@@ -81,10 +85,12 @@ def intruders(
         "epsilon": epsilon, "k": k, "side": side, "ranks": ranks, "method": method, "null_draws": null_draws,
         "embeddings": embeddings, "cache": cache, "cache_gb": cache_gb,
     }  # fmt: skip
+    templated = require_template(template)
     if scale is None:
-        if evaluate:
+        if evaluate or templated:
             raise InputError(
-                "--eval is what scaled intruders are measured on: pass --scale too, such as --scale 0:2:0.25"
+                f"{'--eval' if evaluate else '--template'} is of the prompts that scaled intruders are measured on: "
+                "pass --scale too, such as --scale 0:2:0.25"
             )
         analyse_weights(name, base, tuned if several else tuned[0], find_intruders, common, **options)
         return
@@ -103,12 +109,13 @@ def intruders(
 
         hybrid = Hybrid(pair, device=common.device, dtype=common.dtype)
         for items in prompts.values():  # what does not run is noticed before the work
-            read_examples(items, hybrid.tokenizers)
+            read_examples(items, hybrid.tokenizers, template=templated)
         found = find_intruders(pair, **finding)
         execution = common.execution() | {"partial": folder.partial, "seed": common.seed}
         scaled = scale_intruders(
             pair, prompts, scales=scales, which=which, epsilon=epsilon, k=k, side=side, recovery=recovery,
-            random_draws=random_draws, embeddings=embeddings, found=found, hybrid=hybrid, **execution,
+            random_draws=random_draws, embeddings=embeddings, found=found, hybrid=hybrid, template=template,
+            **execution,
         )  # fmt: skip
         beside.append((scaled, folder))
         return found

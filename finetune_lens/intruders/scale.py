@@ -73,6 +73,7 @@ def scale_intruders(
     embeddings: bool = False,
     found: "Intruders | None" = None,
     hybrid: "Hybrid | None" = None,
+    template: str = "none",
     limit: int | None = None,
     seed: int = 0,
     batch_size: int | None = None,
@@ -93,6 +94,7 @@ def scale_intruders(
         random_draws: sets of random vectors beside the intruders kept or removed.
         found: what `find_intruders` found of this pair; by default it is run, without nulls.
         hybrid: the pair's, where it is loaded already.
+        template: "none"; "each" puts the prompts through the chat template, the same tokens for both models.
         seed: of the random vectors.
         dtype: the type the model runs in; W(λ) is rounded to it.
         partial: folder in which finished measurements wait, so that an interrupted run continues.
@@ -104,13 +106,17 @@ def scale_intruders(
     from finetune_lens.evaluation import read_examples
     from finetune_lens.hybrid import Hybrid
     from finetune_lens.intruders import find_intruders
+    from finetune_lens.prompts import require_template
     from finetune_lens.results.intruder_scaling import IntruderScaling
 
     scales = checked(scales, which=which, side=side, random_draws=random_draws)
+    templated = require_template(template)
     if not prompts:
         raise InputError("nothing to measure on: expected prompts by name, such as {'task': 'task.jsonl'}")
     hybrid = Hybrid(pair, device=device, dtype=dtype) if hybrid is None else hybrid
-    examples = {str(name): read_examples(source, hybrid.tokenizers) for name, source in prompts.items()}
+    examples = {
+        str(name): read_examples(source, hybrid.tokenizers, template=templated) for name, source in prompts.items()
+    }
     if found is None:
         found = find_intruders(
             pair, epsilon=epsilon, k=k, side=side, null_draws=0, embeddings=embeddings, limit=limit, device=device,
@@ -390,8 +396,7 @@ def _store(
         "ordered": plan.ordered,
         "model": hybrid.model.describe(),
         "config": str(pair.config),
-        "tokens": {name: e.encoded.ids.tolist() for name, e in examples.items()},
-        "answers": {name: e.encoded.answers.tolist() for name, e in examples.items()},
+        "examples": {name: e.identity() for name, e in examples.items()},
     }
     return Store(partial, pair.fingerprint, facts)
 

@@ -65,6 +65,7 @@ def revive(
     threshold: float | None = None,
     every: int | Sequence[int] | None = None,
     objective: str = "auto",
+    template: str = "none",
     seed: int = 0,
     batch_size: int | None = None,
     limit: int | None = None,
@@ -96,6 +97,7 @@ def revive(
         threshold: accuracy to be reached; by default .9 of the base's on the first file.
         every: evaluate every so many steps, or after these; by default about six times a decade. 0 and the last anyway.
         objective: of training and measuring: answer (its tokens alone), labels, text, auto.
+        template: "none"; "each" puts the prompts through the chat template, the same tokens for all models.
         seed: the first.
         batch_size: prompts at once where accuracy is measured.
         dtype: auto is float32, in which a small step is not rounded away.
@@ -106,9 +108,11 @@ def revive(
             architecture, a base that cannot do the task.
     """
     from finetune_lens.held_out import hold_out
+    from finetune_lens.prompts import require_template
     from finetune_lens.revival import starts as kinds
     from finetune_lens.revival.run import followed
 
+    templated = require_template(template)
     training = _training(lr, steps, optimizer, momentum, method, rank, batch)
     levels = _levels(every, steps)
     _require(seeds=(seeds, 1), random_steps=(random_steps, 0), seed=(seed, 0))
@@ -132,8 +136,9 @@ def revive(
         models[name] = control.describe()
         found[name] = kinds.existing(load, "control", kind, control.fingerprint)
     files = hold_out(
-        prompts, evaluate, tokenizers, share=0 if evaluate else SHARE, objective=objective, limit=limit, seed=seed
-    )
+        prompts, evaluate, tokenizers, share=0 if evaluate else SHARE, objective=objective, template=templated,
+        limit=limit, seed=seed,
+    )  # fmt: skip
     if scratch:
         found["scratch"] = kinds.fresh(tuned, kind)
     if random_steps:
@@ -163,6 +168,7 @@ def follow(
     threshold: float | None = None,
     every: int | Sequence[int] | None = None,
     objective: str = "auto",
+    template: str = "none",
     seed: int = 0,
     batch_size: int | None = None,
     limit: int | None = None,
@@ -185,9 +191,11 @@ def follow(
     The other arguments, and what is raised, are those of `revive`.
     """
     from finetune_lens.held_out import hold_out
+    from finetune_lens.prompts import require_template
     from finetune_lens.revival import starts as kinds
     from finetune_lens.revival.run import followed
 
+    templated = require_template(template)
     training = _training(lr, steps, optimizer, momentum, method, rank, batch)
     levels = _levels(every, steps)
     _require(seeds=(seeds, 1), seed=(seed, 0))
@@ -210,8 +218,9 @@ def follow(
         raise InputError("no start has a tokenizer beside its weights; pass tokenizer")
     known = None if reference is None else _loader(reference, device, kind, config, tokenizer, False)()
     files = hold_out(
-        prompts, evaluate, tokenizers, share=0 if evaluate else SHARE, objective=objective, limit=limit, seed=seed
-    )
+        prompts, evaluate, tokenizers, share=0 if evaluate else SHARE, objective=objective, template=templated,
+        limit=limit, seed=seed,
+    )  # fmt: skip
     return followed(
         found, files, training, reference=known, seeds=seeds, seed=seed, levels=levels, threshold=threshold, dtype=kind,
         batch_size=batch_size, progress=progress, partial=partial, facts={"inputs": models},
@@ -285,7 +294,7 @@ def _joined(*models: "HookedModel") -> str:
 def main() -> None:
     import typer
 
-    from finetune_lens.command import Base, OutputFolder, Running, Tuned, finish, numbers, run
+    from finetune_lens.command import Base, OutputFolder, Running, Template, Tuned, finish, numbers, run
 
     def revival(
         base: Base,
@@ -318,6 +327,7 @@ def main() -> None:
             typer.Option(help="Evaluate after these steps, as 1,10,100.  [default: 6 a decade]", show_default=False),
         ] = None,
         objective: Annotated[str, typer.Option(help="auto, answer, labels (label words), text.")] = "auto",
+        template: Template = "none",
         common: Running,
     ) -> None:
         """Train the tuned model back, and count the steps against models that never had the capability."""
@@ -331,7 +341,7 @@ def main() -> None:
             pair, task, lr=lr, steps=steps, evaluate=held, controls=controls, scratch=scratch,
             random_steps=random_steps, seeds=seeds, method=method, rank=rank, optimizer=optimizer, momentum=momentum,
             batch=batch, threshold=threshold, every=numbers(every) if every else None, objective=objective,
-            seed=common.seed, partial=folder.partial, **common.execution(),
+            template=template, seed=common.seed, partial=folder.partial, **common.execution(),
         )  # fmt: skip
         finish(result, folder, common)
 

@@ -119,8 +119,9 @@ def mistaught(base: HookedModel, task: Examples, training: Training, steps: int,
         model = owned(base, dtype)
         model.module.requires_grad_(True)
         wrong = read_examples(
-            permuted(task, seed), [model.require_tokenizer()], objective=task.objective, labels=task.labels
-        )
+            permuted(task, seed), [model.require_tokenizer()], objective=task.objective, labels=task.labels,
+            template=task.template,
+        )  # fmt: skip
         draw = training.draw(len(task))
         train(Asked(model, wrong), draw, steps=steps, checkpoint=file, **training.options(seed))
         return model
