@@ -81,11 +81,12 @@ def compare_attention(
     """
     from finetune_lens.check import require_safe
     from finetune_lens.hooked.depths import encode_alike
-    from finetune_lens.prompts import read_prompts, without_answers
+    from finetune_lens.prompts import read_prompts, require_template, without_answers
     from finetune_lens.results.attention import Attention
 
     if keep < 1 or (batch_size is not None and batch_size < 1):
         raise InputError(f"keep and batch size are at least 1; found {keep} and {batch_size}")
+    require_template(template)
     items = read_prompts(prompts, limit=limit)
     base, tuned = pair.models(device=device, dtype=dtype)
     if (base.layers, base.heads) != (tuned.layers, tuned.heads):
@@ -285,7 +286,7 @@ def _labelled(
 def main() -> None:
     import typer
 
-    from finetune_lens.command import Base, OutputFolder, Running, Tuned, Unsafe, finish, numbers, run
+    from finetune_lens.command import Base, OutputFolder, Running, Template, Tuned, Unsafe, finish, numbers, run
 
     def attention(
         base: Base,
@@ -295,7 +296,7 @@ def main() -> None:
         layers: Annotated[str | None, typer.Option(help="Which, as 0,3-5.  [default: all]", show_default=False)] = None,
         heads: Annotated[str | None, typer.Option(help="Which.  [default: all]", show_default=False)] = None,
         keep: Annotated[int, typer.Option(min=1, help="Prompts whose maps are kept, the first so many.")] = 4,
-        template: Annotated[str, typer.Option(help="Chat template on the prompts: none or each.")] = "none",
+        template: Template = "none",
         unsafe: Unsafe = False,
         common: Running,
     ) -> None:

@@ -57,7 +57,7 @@ def patch(
     steps: int = 10,
     align: str = "error",
     whole_answer: bool = False,
-    template: bool = False,
+    template: str = "none",
     batch_size: int | None = None,
     limit: int | None = None,
     device: str = "auto",
@@ -84,7 +84,9 @@ def patch(
         steps: of integrated gradients.
         align: "left" or "right": which positions correspond where prompts differ in length.
         whole_answer: score all tokens of the answer (logprob), not the first alone.
-        template: put prompts through the tokenizer's chat template.
+        template: "none"; "each" puts the prompts through the tokenizer's chat template. Then positions from 0 on and
+            mentions are of the prompt's own text, and negative ones count from where the answer begins; the result
+            names every position by its place in all that is read.
         config, tokenizer: where they do not lie beside the weights.
 
     Raises:
@@ -95,16 +97,17 @@ def patch(
     from finetune_lens.hooked.grid import aligned, grid_of_sets, make_grid
     from finetune_lens.hooked.loading import as_model
     from finetune_lens.hooked.sweep import Side
-    from finetune_lens.prompts import read_prompts
+    from finetune_lens.prompts import read_prompts, require_template
     from finetune_lens.results.patching import Patching
 
     if direction not in (*DIRECTIONS, "both"):
         raise InputError(f"direction is one of {', '.join(DIRECTIONS)}, both; found {direction!r}")
     options = Options(metric, method, steps, batch_size, progress, partial)
+    framed = require_template(template)
     items = read_prompts(prompts, limit=limit)
     model = as_model(model, device=device, dtype=dtype, config=config, tokenizer=tokenizer)
     where = aligned(
-        items, model.require_tokenizer(), corrupted=True, align=align, whole=whole_answer, template=template,
+        items, model.require_tokenizer(), corrupted=True, align=align, whole=whole_answer, template=framed,
         need_answer=metric != "kl",
     )  # fmt: skip
     grid = (
@@ -140,6 +143,7 @@ def trace(
     window: int = 1,
     metric: str = "prob",
     align: str = "error",
+    template: str = "none",
     seed: int = 0,
     batch_size: int | None = None,
     limit: int | None = None,
@@ -157,6 +161,7 @@ def trace(
         noise: standard deviation of the noise, in standard deviations of the subjects' embeddings as the first block
             reads them.
         copies: noised runs for each prompt, averaged.
+        template: as of `patch`; the noise is on the subject where the prompt's own text mentions it.
         seed: of the noise.
 
     The other arguments are those of `patch`. The recipient is the noised run, the donor the clean one.
@@ -168,15 +173,18 @@ def trace(
     from finetune_lens.hooked.grid import aligned, make_grid
     from finetune_lens.hooked.loading import as_model
     from finetune_lens.hooked.sweep import Side
-    from finetune_lens.prompts import read_prompts
+    from finetune_lens.prompts import read_prompts, require_template
     from finetune_lens.results.patching import Patching
 
     if noise <= 0 or copies < 1:
         raise InputError(f"noise is positive and there is at least one copy; found {noise} and {copies}")
     options = Options(metric, "exact", 1, batch_size, progress, partial)
+    framed = require_template(template)
     items = read_prompts(prompts, limit=limit)
     model = as_model(model, device=device, dtype=dtype, config=config, tokenizer=tokenizer)
-    where = aligned(items, model.require_tokenizer(), corrupted=False, align=align, need_answer=metric != "kl")
+    where = aligned(
+        items, model.require_tokenizer(), corrupted=False, align=align, template=framed, need_answer=metric != "kl"
+    )
     subjects = _subjects(items, where.clean, subject, model.require_tokenizer())
     grid = make_grid(model, site, where, by=by, layers=layers, heads=heads, positions=positions, window=window)
     repeated = where.clean.rows(np.repeat(np.arange(len(items)), copies))
@@ -257,15 +265,14 @@ def main() -> None:
         from finetune_lens.prompts import read_prompts
 
         folder = OutputFolder(common.out, "patching", force=common.force)
-        options = common.options() | {"template": common.template == "each"}
-        if noise is not None and (
-            common.sets or common.whole_answer or options["template"] or common.method != "exact"
-        ):
-            raise InputError("--noise goes with neither --sets, --whole-answer, --template nor --method")
+        options = common.options()
+        if noise is not None and (common.sets or common.whole_answer or common.method != "exact"):
+            raise InputError("--noise goes with neither --sets, --whole-answer nor --method")
         items = read_prompts(prompts, limit=common.limit)
         loaded = common.model(model, base)
         folder.check()
-        arguments = {"site": site} | common.grid() | common.execution() | {"partial": folder.partial}
+        arguments = {"site": site, "template": common.template} | common.grid() | common.execution()
+        arguments |= {"partial": folder.partial}
         if noise is not None:
             result = trace(loaded, items, noise=noise, copies=copies, seed=common.seed, **arguments)
         else:

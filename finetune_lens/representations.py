@@ -67,6 +67,7 @@ def compare_representations(
     pool: str = "mean",
     null: Sequence[Any] = (),
     lens: bool = True,
+    template: str = "none",
     seed: int = 0,
     batch_size: int | None = None,
     limit: int | None = None,
@@ -86,6 +87,8 @@ def compare_representations(
         null: models of as many layers that read the same tokens; each is compared with the base as the tuned one is.
             One after the other is in memory.
         lens: read the mean difference through the tuned model's unembedding.
+        template: "none"; "each" has all models read each text as a user's message in the chat template. Rows are of the
+            text's own tokens alone.
         seed: of the folds, the shuffled rows and the flipped signs.
         batch_size: texts at once.
         check: refuse a pair that fails the trust gate (`check_pair`).
@@ -104,11 +107,12 @@ def compare_representations(
     from finetune_lens.hooked.effects import describe_prompts
     from finetune_lens.hooked.features import collect
     from finetune_lens.hooked.loading import as_model
-    from finetune_lens.prompts import without_answers
+    from finetune_lens.prompts import require_template, without_answers
     from finetune_lens.results.representations import Representations
 
     if pool not in ("mean", "each"):
         raise InputError(f"pool is mean or each; found {pool!r}")
+    require_template(template)
     items = read_texts(texts, limit=limit)
     if len(items) < LEAST:
         raise InputError(f"similarity needs {LEAST} texts or more; found {len(items)}")
@@ -118,7 +122,7 @@ def compare_representations(
         raise InputError("null models are compared depth by depth, and base and tuned have different numbers of layers")
     sites = [sites_of(model, site) for model in (base, tuned)]
     bare = without_answers(items)
-    encoded = encode_alike((base, tuned), bare, need_answer=False, padding="right")
+    encoded = encode_alike((base, tuned), bare, template=template, need_answer=False, padding="right")
     if check:
         require_safe(pair, device=device, dtype=dtype)
     columns = own_columns(encoded)
@@ -140,7 +144,7 @@ def compare_representations(
         )  # fmt: skip
         if model.layers != base.layers:
             raise InputError(f"the null model {model.name} has {model.layers} layers, the base {base.layers}")
-        encode_alike((base, model), bare, need_answer=False)
+        encode_alike((base, model), bare, template=template, need_answer=False)
         others[f"{number}: {Path(model.name).name}"] = read(model, sites_of(model, site), f"null {number}")
     where = base.device if base.device.type != "mps" else torch.device("cpu")  # which has no float64
     sides = [read(m, names, side) for m, names, side in zip((base, tuned), sites, ("base", "tuned"), strict=True)]
@@ -361,7 +365,7 @@ def _mean(values: np.ndarray) -> float:
 def main() -> None:
     import typer
 
-    from finetune_lens.command import Base, OutputFolder, Running, Tuned, Unsafe, finish, run
+    from finetune_lens.command import Base, OutputFolder, Running, Template, Tuned, Unsafe, finish, run
 
     def representations(
         base: Base,
@@ -377,6 +381,7 @@ def main() -> None:
             ),
         ] = None,
         lens: Annotated[bool, typer.Option("--lens/--no-lens", help="Read the mean difference as tokens.")] = True,
+        template: Template = "none",
         unsafe: Unsafe = False,
         common: Running,
     ) -> None:
@@ -386,8 +391,8 @@ def main() -> None:
         pair = common.pair(base, tuned)
         folder.check()
         result = compare_representations(
-            pair, items, site=site, pool=pool, null=null or (), lens=lens, seed=common.seed, check=not unsafe,
-            partial=folder.partial, **common.execution(),
+            pair, items, site=site, pool=pool, null=null or (), lens=lens, template=template, seed=common.seed,
+            check=not unsafe, partial=folder.partial, **common.execution(),
         )  # fmt: skip
         finish(result, folder, common)
 

@@ -20,6 +20,7 @@ from finetune_lens.command import (
     OutputFolder,
     Running,
     Saved,
+    Template,
     Tuned,
     Unsafe,
     finish,
@@ -76,6 +77,7 @@ def find(
     metric: Metric = None,
     method: Method = "exact",
     align: Align = "error",
+    template: Template = "none",
     common: Running,
 ) -> None:
     """Find a circuit by path patching, group by group from the logits back; writes circuit.json."""
@@ -88,7 +90,8 @@ def find(
     folder.check()
     result = find_circuit(
         loaded, items, procedure=step or procedure, heads=_counts(heads), attribution=attribution, preset=preset,
-        freeze=_listed(freeze), metric=metric, method=method, align=align, partial=folder.partial,
+        freeze=_listed(freeze), metric=metric, method=method, align=align, template=template,
+        partial=folder.partial,
         **common.execution(),
     )  # fmt: skip
     found: dict[str, Any] = {}
@@ -114,6 +117,7 @@ def paths(
     metric: Metric = None,
     method: Method = "exact",
     align: Align = "error",
+    template: Template = "none",
     unsafe: Unsafe = False,
     common: Running,
 ) -> None:
@@ -124,8 +128,8 @@ def paths(
     folder.check()
     result = trace_paths(
         pair, items, receivers=receivers, position=position, sender_position=sender_position, preset=preset,
-        freeze=_listed(freeze), metric=metric, method=method, align=align, check=not unsafe, partial=folder.partial,
-        **common.execution(),
+        freeze=_listed(freeze), metric=metric, method=method, align=align, template=template, check=not unsafe,
+        partial=folder.partial, **common.execution(),
     )  # fmt: skip
     finish(result, folder, common)
 
@@ -141,6 +145,7 @@ def edges(
         str | None, typer.Option(help="What is written there alone.  [default: everywhere]", show_default=False)
     ] = None,
     align: Align = "error",
+    template: Template = "none",
     common: Running,
 ) -> None:
     """Estimate the effect of every edge of the residual stream at once (EAP, EAP-IG)."""
@@ -149,8 +154,9 @@ def edges(
     loaded = common.model(model, base)
     folder.check()
     result = attribute_edges(
-        loaded, items, metric=metric, steps=steps, position=position, align=align, **common.execution()
-    )
+        loaded, items, metric=metric, steps=steps, position=position, align=align, template=template,
+        **common.execution(),
+    )  # fmt: skip
     finish(result, folder, common)
 
 
@@ -172,6 +178,7 @@ def evaluate(
     subsets: Annotated[int, typer.Option(min=0, help="Random subsets, for completeness.")] = 20,
     minimality: Annotated[bool, typer.Option("--minimality/--no-minimality", help="Judge every head.")] = True,
     align: Align = "error",
+    template: Template = "none",
     unsafe: Unsafe = False,
     common: Running,
 ) -> None:
@@ -185,8 +192,8 @@ def evaluate(
     folder.check()
     result = evaluate_circuit(
         pair, circuits, items, reference=reference, metric=metric, random=random, subsets=subsets,
-        minimality=minimality, align=align, seed=common.seed, force=common.force, check=not unsafe,
-        partial=folder.partial, **common.execution(),
+        minimality=minimality, align=align, template=template, seed=common.seed, force=common.force,
+        check=not unsafe, partial=folder.partial, **common.execution(),
     )  # fmt: skip
     finish(result, folder, common)
 
@@ -227,6 +234,7 @@ def dcm(
     epochs: Annotated[int, typer.Option(min=1, help="Passes over the training rows.")] = 2,
     penalty: Annotated[float, typer.Option(help="λ: what a patched head costs, in logits.")] = 0.01,
     align: Align = "error",
+    template: Template = "none",
     common: Running,
 ) -> None:
     """What do the groups of a circuit carry? Masks over their heads, learnt for each desideratum (DCM)."""
@@ -240,7 +248,7 @@ def dcm(
         execution["batch_size"] = common.batch_size
     result = learn_masks(
         loaded, chosen, items, by=by, target=target, rate=rate, epochs=epochs, penalty=penalty, align=align,
-        seed=common.seed, force=common.force, partial=folder.partial, **execution,
+        template=template, seed=common.seed, force=common.force, partial=folder.partial, **execution,
     )  # fmt: skip
     finish(result, folder, common)
 

@@ -41,7 +41,7 @@ import numpy as np
 
 from finetune_lens.circuits.circuit import Circuit, Group, Head
 from finetune_lens.errors import InputError
-from finetune_lens.prompts import Prompt, read_prompts
+from finetune_lens.prompts import Prompt, read_prompts, require_template
 from finetune_lens.results.provenance import recorded
 
 if TYPE_CHECKING:
@@ -92,6 +92,7 @@ def learn_masks(
     groups: Sequence[str] | None = None,
     seed: int = 0,
     align: str = "error",
+    template: str = "none",
     limit: int | None = None,
     device: str = "auto",
     dtype: str = "auto",
@@ -118,6 +119,7 @@ def learn_masks(
         groups: which of the circuit; by default all.
         seed: of the splits and of the random heads.
         align: "left" or "right": which positions correspond where prompts differ in length.
+        template: "none"; "each" puts the prompts through the chat template; positions are as of `evaluate_circuit`.
         limit: so many rows of each desideratum.
         force: use a circuit that was found in another model.
         partial: folder in which finished masks wait, so that an interrupted run continues.
@@ -130,6 +132,7 @@ def learn_masks(
     from finetune_lens.hooked.loading import as_model
     from finetune_lens.results.dcm import Masks
 
+    framed = require_template(template)
     settings = _Settings(rate, epochs, penalty, batch_size, tuple(split), seed)
     circuit = circuit if isinstance(circuit, Circuit) else Circuit.load(circuit)
     chosen = _chosen(circuit, groups)
@@ -138,7 +141,7 @@ def learn_masks(
     splits = {name: _split(name, rows, settings) for name, rows in desiderata.items()}
     model = as_model(model, device=device, dtype=dtype, config=config, tokenizer=tokenizer)
     circuit.require(model, force=force)
-    where = _encoded(items, model.require_tokenizer(), target, align)
+    where = _encoded(items, model.require_tokenizer(), target, align, framed)
     places = {name: _columns(where, group.position) for name, group in chosen.items()}
     rows = _learnt(model, chosen, where, places, splits, settings, progress=progress, partial=partial)
     data = _dataset(chosen, items, splits, rows)
@@ -219,10 +222,10 @@ def _split(name: str, rows: np.ndarray, settings: _Settings) -> tuple[np.ndarray
     return parts
 
 
-def _encoded(items: Sequence[Prompt], tokenizer: Any, target: str, align: str) -> "Aligned":
+def _encoded(items: Sequence[Prompt], tokenizer: Any, target: str, align: str, template: bool = False) -> "Aligned":
     from finetune_lens.hooked.grid import aligned
 
-    where = aligned(items, tokenizer, corrupted=True, align=align, whole=True)
+    where = aligned(items, tokenizer, corrupted=True, align=align, whole=True, template=template)
     several = np.flatnonzero((where.clean.answers >= 0).any(-1).sum(1).numpy() > 1)
     if len(several):
         prompt = items[several[0]]
@@ -243,7 +246,7 @@ def _columns(where: "Aligned", position: int | str) -> tuple[np.ndarray, np.ndar
     if whole_number(position) is None:
         theirs = np.array([_in_corrupt(where, row, str(position)) for row in range(count)])
     for name, side, columns in (("prompt", where.clean, mine), ("corrupt", where.corrupt, theirs)):
-        there = side.prompt_columns.numpy()[np.arange(count), columns]
+        there = where.there(side, position)[np.arange(count), columns]
         if not there.all():
             lacking = where.prompts[int(np.argmin(there))]
             raise InputError(

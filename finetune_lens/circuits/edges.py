@@ -45,6 +45,7 @@ def attribute_edges(
     steps: int = 0,
     position: int | str | None = None,
     align: str = "error",
+    template: str = "none",
     batch_size: int | None = None,
     limit: int | None = None,
     device: str = "auto",
@@ -64,6 +65,7 @@ def attribute_edges(
             field (`label:first`). By default at all positions.
         align: "left" or "right": which positions correspond where prompts differ in length; those that only one of a
             pair has are left out.
+        template: "none"; "each" puts the prompts through the chat template; positions are as of `trace_paths`.
         batch_size: examples at once; by default up to 16, as memory allows.
         config, tokenizer: where they do not lie beside the weights.
 
@@ -77,12 +79,13 @@ def attribute_edges(
     from finetune_lens.hooked.effects import describe_prompts
     from finetune_lens.hooked.grid import aligned
     from finetune_lens.hooked.loading import as_model
-    from finetune_lens.prompts import read_prompts
+    from finetune_lens.prompts import read_prompts, require_template
     from finetune_lens.results.edges import Edges
 
+    framed = require_template(template)
     items = read_prompts(prompts, limit=limit)
     model = as_model(model, device=device, dtype=dtype, config=config, tokenizer=tokenizer)
-    where = aligned(items, model.require_tokenizer(), corrupted=True, align=align)
+    where = aligned(items, model.require_tokenizer(), corrupted=True, align=align, template=framed)
     if lacking := [p.id for p in items if metric == "logit_diff" and not p.wrong]:
         raise InputError(
             f"the logit difference needs a wrong answer, and {len(lacking)} of {len(items)} prompts have none (first: "

@@ -73,6 +73,7 @@ def evaluate_circuit(
     partners: float = 0.3,
     threshold: float = 0.01,
     align: str = "error",
+    template: str = "none",
     seed: int = 0,
     batch_size: int | None = None,
     limit: int | None = None,
@@ -100,6 +101,9 @@ def evaluate_circuit(
         partners: of minimality: largest share of a group in K.
         threshold: of minimality.
         align: "left" or "right": which positions correspond where prompts differ in length.
+        template: "none"; "each" puts prompts and reference through the chat template. Then a group at a number from 0
+            on or at a mention is at a token of the prompt's own text, one at a negative number counts from where the
+            answer begins.
         seed: of random circuits and subsets.
         config, tokenizer: of a single model, where they do not lie beside the weights.
         force: circuits that were found in another model.
@@ -112,17 +116,18 @@ def evaluate_circuit(
         GateFailed: the trust gate found this pair unsafe to compare.
     """
     from finetune_lens.hooked.effects import _require_metric
-    from finetune_lens.prompts import read_prompts
+    from finetune_lens.prompts import read_prompts, require_template
     from finetune_lens.results.circuit_evaluation import CircuitEvaluation
 
     _require_options(metric, random, subsets, partners, threshold, seed, batch_size)
+    framed = require_template(template)
     named = _named(circuits)
     items = read_prompts(prompts, limit=limit)
     others = items if reference is None else read_prompts(reference)
     sides = _sides(models, device=device, dtype=dtype, config=config, tokenizer=tokenizer)
     for circuit in named.values():
         circuit.require(*sides.values(), force=force)
-    where, averaged = _read(items, others, sides, align)
+    where, averaged = _read(items, others, sides, align, framed)
     _require_metric(metric, items, where)
     if check and len(sides) > 1:
         from finetune_lens.check import require_safe
@@ -202,7 +207,7 @@ def _sides(models: Any, *, device: str, dtype: str, config: Any, tokenizer: Any)
 
 
 def _read(
-    items: "Sequence[Prompt]", others: "Sequence[Prompt]", sides: "dict[str, HookedModel]", align: str
+    items: "Sequence[Prompt]", others: "Sequence[Prompt]", sides: "dict[str, HookedModel]", align: str, template: bool
 ) -> "tuple[Aligned, Any]":
     """The prompts, and the reference in the same columns.
 
@@ -213,8 +218,8 @@ def _read(
 
     silent = [replace(prompt, answer=(), wrong=()) for prompt in others]
     both = items if others is items else [*items, *silent]
-    read = [aligned(both, m.require_tokenizer(), corrupted=False, align=align, need_answer=False)
-            for m in sides.values()]  # fmt: skip
+    reading: dict[str, Any] = {"corrupted": False, "align": align, "template": template, "need_answer": False}
+    read = [aligned(both, model.require_tokenizer(), **reading) for model in sides.values()]
     for other in read[1:]:
         require_same_tokens(read[0], other, both)
     whole = read[0]

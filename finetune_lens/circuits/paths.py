@@ -113,6 +113,7 @@ def trace_paths(
     metric: str | None = None,
     method: str = "exact",
     align: str = "error",
+    template: str = "none",
     batch_size: int | None = None,
     limit: int | None = None,
     device: str = "auto",
@@ -138,6 +139,8 @@ def trace_paths(
         metric: what tables and figures show: relative_prob, or one of the metrics of `patch`.
         method: "exact", or "full" (two forward passes a head; the oracle).
         align: "left" or "right": which positions correspond where prompts differ in length.
+        template: "none"; "each" puts the prompts through the chat template (of either side). Then numbers from 0 on and
+            mentions are positions of the prompt's own text, and negative ones count from where the answer begins.
         check: refuse a pair that fails the trust gate.
 
     Raises:
@@ -146,8 +149,8 @@ def trace_paths(
     """
     kind, heads = _receivers(receivers)
     running = _Running(
-        models, prompts, preset, freeze, metric, method, align, batch_size, limit, device, dtype, config, tokenizer,
-        check, progress, partial,
+        models, prompts, preset, freeze, metric, method, align, template, batch_size, limit, device, dtype, config,
+        tokenizer, check, progress, partial,
     )  # fmt: skip
     name = kind if kind == "logits" else f"{kind} of {', '.join(map(head_name, heads))}"
     swept = {model.name: running.sweep(model, kind, heads, position, name, sender_position) for model in running.models}
@@ -169,6 +172,7 @@ def find_circuit(
     method: str = "exact",
     attribution: bool = True,
     align: str = "error",
+    template: str = "none",
     batch_size: int | None = None,
     limit: int | None = None,
     device: str = "auto",
@@ -195,8 +199,8 @@ def find_circuit(
     """
     steps = _steps(procedure)
     running = _Running(
-        model, prompts, preset, freeze, metric, method, align, batch_size, limit, device, dtype, config, tokenizer,
-        False, progress, partial,
+        model, prompts, preset, freeze, metric, method, align, template, batch_size, limit, device, dtype, config,
+        tokenizer, False, progress, partial,
     )  # fmt: skip
     (model,) = running.models
     _require_heads(heads, steps, model)
@@ -227,6 +231,7 @@ def find_circuit(
         _estimated(result, model, running, [step for step in steps if step.name in measured], heads_of)
     facts = model.describe() | {"layers": model.layers, "heads": model.heads}
     task = {"prompts": running.described(), "metric": running.metric, "preset": preset, "freeze": [*running.freeze]}
+    task["template"] = template
     task["steps"] = {step.name: told[step.name] for step in steps if step.name in told}
     if circuit:
         result.data.attrs["circuit"] = json.dumps({"groups": circuit, "model": facts, "task": task})
@@ -254,15 +259,15 @@ class _Running:
 
     def __init__(
         self, models: Any, prompts: Any, preset: str, freeze: Sequence[str] | None, metric: str | None, method: str,
-        align: str, batch_size: int | None, limit: int | None, device: str, dtype: str, config: Any, tokenizer: Any,
-        check: bool, progress: bool, partial: Path | None,
+        align: str, template: str, batch_size: int | None, limit: int | None, device: str, dtype: str, config: Any,
+        tokenizer: Any, check: bool, progress: bool, partial: Path | None,
     ):  # fmt: skip
         from finetune_lens.hooked.grid import aligned
         from finetune_lens.hooked.loading import as_model
         from finetune_lens.hooked.paths import FREEZABLE
         from finetune_lens.metrics import METRICS
         from finetune_lens.pair import ModelPair
-        from finetune_lens.prompts import read_prompts
+        from finetune_lens.prompts import read_prompts, require_template
 
         if preset not in PRESETS:
             raise InputError(f"preset {preset!r} is unknown; expected one of {', '.join(PRESETS)}")
@@ -277,27 +282,27 @@ class _Running:
             raise InputError(
                 f"metric {self.metric!r} is unknown; expected relative_prob or one of {', '.join(METRICS)}"
             )
-        self.align, self.batch_size, self.progress, self.partial = align, batch_size, progress, partial
+        self.template, self.batch_size, self.progress, self.partial = template, batch_size, progress, partial
+        self.align = align
+        framed = require_template(template)
         self.items = read_prompts(prompts, limit=limit)
         self.pair = isinstance(models, ModelPair)
         if self.pair:
             self.models = models.models(device=device, dtype=dtype)
         else:
             self.models = (as_model(models, device=device, dtype=dtype, config=config, tokenizer=tokenizer),)
-        wants_answer = self.metric != "kl"
-        self.where: Aligned = aligned(
-            self.items, self.models[0].require_tokenizer(), corrupted=True, align=align, need_answer=wants_answer
-        )
+        reading = {"corrupted": True, "align": align, "template": framed, "need_answer": self.metric != "kl"}
+        self.where: Aligned = aligned(self.items, self.models[0].require_tokenizer(), **reading)
         if self.metric == "logit_diff" and not all(p.wrong for p in self.items):
             raise InputError(
                 'the logit difference needs a wrong answer, and some prompts have none; add "wrong" to them, or pass '
                 "metric='relative_prob' (--metric relative_prob)"
             )
         if self.pair:
-            self._require_alike(models, align, wants_answer, check, device, dtype)
+            self._require_alike(models, reading, check, device, dtype)
 
     def _require_alike(
-        self, pair: "ModelPair", align: str, wants_answer: bool, check: bool, device: str, dtype: str
+        self, pair: "ModelPair", reading: Mapping[str, Any], check: bool, device: str, dtype: str
     ) -> None:
         """Raise where base and tuned model cannot be compared head by head."""
         from finetune_lens.check import require_safe
@@ -309,7 +314,7 @@ class _Running:
                 f"{base.name} has {base.layers} layers of {base.heads} heads, {tuned.name} {tuned.layers} of "
                 f"{tuned.heads}; expected models of one shape"
             )
-        theirs = aligned(self.items, tuned.require_tokenizer(), corrupted=True, align=align, need_answer=wants_answer)
+        theirs = aligned(self.items, tuned.require_tokenizer(), **reading)
         require_same_tokens(self.where, theirs, self.items)
         if check:
             require_safe(pair, device=device, dtype=dtype)
@@ -400,7 +405,7 @@ def _estimated(
         at = -1 if step.receivers == "logits" else step.position
         if at not in edges:
             edges[at] = attribute_edges(
-                model, running.items, metric=metric, position=at, align=running.align,
+                model, running.items, metric=metric, position=at, align=running.align, template=running.template,
                 batch_size=running.batch_size, progress=running.progress,
             )  # fmt: skip
         readers = ["logits"] if step.receivers == "logits" else _readers(model, step.receivers, heads[step.name])

@@ -88,7 +88,8 @@ def find_directions(
         metric: logit_diff, logprob, prob, reciprocal_rank or accuracy: the one that tables and figures show; by default
             logit_diff where all prompts with an answer have a wrong one, else logprob.
         whole_answer: score all tokens of the answer (logprob).
-        template: "none"; "each" puts the prompts through the chat template on both sides.
+        template: "none"; "each" puts the prompts through the chat template on both sides. Then mentions, means and
+            numbers from 0 on are of the prompt's own text; "last" and negative ones count from where the answer begins.
         seed: of the halves, resamples and random directions.
         batch_size: prompts at once.
         check: refuse a pair that fails the trust gate (`check_pair`).
@@ -109,7 +110,7 @@ def find_directions(
     from finetune_lens.hooked.effects import describe_prompts
     from finetune_lens.hooked.features import collect, columns_at
     from finetune_lens.hooked.sites import RESIDUAL
-    from finetune_lens.prompts import read_prompts
+    from finetune_lens.prompts import read_prompts, require_template
     from finetune_lens.representations import require_finite
     from finetune_lens.results.directions import Directions
 
@@ -117,6 +118,7 @@ def find_directions(
         raise InputError(f"site is one of {', '.join(RESIDUAL)}; found {site!r}")
     if scale == 0 or not np.isfinite(scale):
         raise InputError(f"scale is a number other than 0; found {scale}")
+    framed = require_template(template)
     items = read_prompts(prompts, limit=limit)
     is_positive, names = classes(items, label, positive)
     train = halved(items, is_positive, names, seed)
@@ -133,7 +135,7 @@ def find_directions(
     encoded = encode_alike(
         models, items, whole=whole_answer, template=template, need_answer=False, padding="right"
     )  # fmt: skip
-    columns = columns_at(position, items, encoded, models[0].require_tokenizer())
+    columns = columns_at(position, items, encoded, models[0].require_tokenizer(), template=framed)
     if check:
         require_safe(pair, device=device, dtype=dtype)
     sides = []

@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from finetune_lens.command import Base, OutputFolder, Running, Tuned, Unsafe, finish, run
+from finetune_lens.command import Base, OutputFolder, Running, Template, Tuned, Unsafe, finish, run
 
 
 def directions(
@@ -31,7 +31,7 @@ def directions(
         str | None, typer.Option(help="logit_diff, logprob, prob, reciprocal_rank, accuracy.", show_default=False)
     ] = None,
     whole_answer: Annotated[bool, typer.Option("--whole-answer", help="Score all tokens of the answer.")] = False,
-    template: Annotated[str, typer.Option(help="Chat template on the prompts: none or each.")] = "none",
+    template: Template = "none",
     unsafe: Unsafe = False,
     common: Running,
 ) -> None:

@@ -12,7 +12,7 @@ import torch
 from finetune_lens.errors import InputError
 from finetune_lens.hooked.model import HookedModel
 from finetune_lens.hooked.sites import OUTPUTS, RESIDUAL, known, site_name
-from finetune_lens.prompts import Encoded, Prompt, encode
+from finetune_lens.prompts import Encoded, Prompt, encode, require_template
 
 
 def site_at(depth: int, kind: str = "resid_post") -> str:
@@ -46,9 +46,7 @@ def encode_alike(
     Raises:
         InputError: another template, tokenizers that read a prompt or its answers differently, as `encode`.
     """
-    if template not in ("none", "each"):
-        raise InputError(f"template is none or each, for both models read the same tokens; found {template!r}")
-    options["template"] = template == "each"
+    options["template"] = require_template(template)
     first = models[0].require_tokenizer()
     encoded = encode(prompts, first, **options)
     for model in models[1:]:

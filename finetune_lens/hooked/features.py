@@ -35,7 +35,7 @@ from torch import Tensor
 
 from finetune_lens.errors import InputError
 from finetune_lens.files import whole_file
-from finetune_lens.hooked.mentions import column_of
+from finetune_lens.hooked.mentions import column_of, own_column
 from finetune_lens.hooked.model import HookedModel
 from finetune_lens.hooked.sites import parse
 from finetune_lens.hooked.sweep import shape_of
@@ -153,7 +153,7 @@ def collect(
 
 
 def columns_at(
-    position: int | str, prompts: Sequence[Prompt], encoded: Encoded, tokenizer: Any
+    position: int | str, prompts: Sequence[Prompt], encoded: Encoded, tokenizer: Any, *, template: bool = False
 ) -> Bool[Tensor, "example pos"]:
     """The columns of a position in every prompt.
 
@@ -161,6 +161,8 @@ def columns_at(
         position: "last", the prompt's last token; a number, counted from its start or (negative) its end; "mean", all
             tokens of its own text; "mean:N", its last N tokens; a mention of a field (see `mentions`),
             `label:first+2`.
+        template: the prompts are in a chat template. Then numbers from 0 on, "mean:N" and mentions are of the own text
+            alone; "last" and negative numbers count back from where the answer begins.
 
     Raises:
         InputError: a prompt does not have it.
@@ -174,8 +176,12 @@ def columns_at(
             continue
         if whole is not None:
             at: Any = range(-int(whole[1]), 0)
+            own = encoded.text_columns[row].nonzero()[:, 0] if template else own
         elif position == "last" or isinstance(position, int) or re.fullmatch(r"-?\d+", position):
             at = [-1 if position == "last" else int(position)]
+            if template and at[0] >= 0:
+                found[row, own_column(prompt, encoded, row, at[0])] = True
+                continue
         else:
             found[row, column_of(prompt, encoded, row, str(position), tokenizer)] = True
             continue

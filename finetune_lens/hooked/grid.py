@@ -10,7 +10,7 @@ import numpy as np
 import torch
 
 from finetune_lens.errors import InputError
-from finetune_lens.hooked.mentions import column_of
+from finetune_lens.hooked.mentions import column_of, own_column
 from finetune_lens.hooked.model import HookedModel
 from finetune_lens.hooked.sites import HEADS, known, parse
 from finetune_lens.hooked.sweep import Patch, Place, shape_of
@@ -19,7 +19,9 @@ from finetune_lens.prompts import Encoded, Prompt, encode, require_alignment
 DIMS = ("layer", "head", "position")
 # `blocks.3.attn.hook_z[7]@-1`: head 7 of layer 3 at the last position; `…@label:first`: at a mention of a field.
 PLACE = re.compile(r"(?P<site>[\w.]+?)(?:\[(?P<head>\d+)\])?(?:@(?P<position>.+))?")
-Position = int | str  # counted from the start or (negative) the end; or a mention, `FIELD:first` (see `mentions`)
+# Counted from the start or (negative) the end; or a mention, `FIELD:first` (see `mentions`). In a chat template the
+# start is that of the prompt's own text, the end where the answer begins.
+Position = int | str
 
 
 @dataclass(frozen=True)
@@ -40,8 +42,9 @@ class Aligned:
     """Prompts (and their counterfactuals) padded so that corresponding positions share a column.
 
     Attributes:
-        positions: the label of each column: counted from the start, or (negative) from the end.
+        positions: the label of each column: counted from the start, or (negative) from the end, of all that is read.
         prompts, tokenizer: what was encoded, and by what.
+        template: whether in a chat template.
     """
 
     clean: Encoded
@@ -49,19 +52,33 @@ class Aligned:
     positions: np.ndarray
     prompts: Sequence[Prompt]
     tokenizer: Any
+    template: bool = False
 
     def columns(self, position: Position) -> int | tuple[int, ...]:
-        """The column of a position; where it is a mention in the clean prompt, that of each example.
+        """The column of a position; that of each example where they differ, as mentions in the clean prompts do.
 
         Raises:
             InputError: a prompt does not have it.
         """
-        if (number := whole_number(position)) is not None:
+        number = whole_number(position)
+        if number is not None and not self.of_text(number):
             return self.column(number)
         found = tuple(
-            column_of(prompt, self.clean, row, str(position), self.tokenizer) for row, prompt in enumerate(self.prompts)
+            column_of(prompt, self.clean, row, str(position), self.tokenizer)
+            if number is None
+            else own_column(prompt, self.clean, row, number)
+            for row, prompt in enumerate(self.prompts)
         )
         return found[0] if len(set(found)) == 1 else found
+
+    def of_text(self, position: Position) -> bool:
+        """Whether the prompts are in a chat template and the position is one of their own text."""
+        number = whole_number(position)
+        return self.template and (number is None or number >= 0)
+
+    def there(self, side: Encoded, position: Position) -> np.ndarray:
+        """(example, pos): the columns that can be that position."""
+        return (side.text_columns if self.of_text(position) else side.prompt_columns).numpy()
 
     def each(self, position: Position) -> np.ndarray:
         """(example,): the column of a position, as a token of every clean prompt and of its counterfactual.
@@ -70,16 +87,16 @@ class Aligned:
             InputError: a prompt does not have it.
         """
         at = np.broadcast_to(self.columns(position), len(self.prompts))
-        there = self.clean.prompt_columns
+        there = self.there(self.clean, position)
         if self.corrupt is not None:
-            there = there & self.corrupt.prompt_columns
-        for prompt, column, has in zip(self.prompts, at, there.numpy(), strict=True):
+            there = there & self.there(self.corrupt, position)
+        for prompt, column, has in zip(self.prompts, at, there, strict=True):
             if not has[column]:
                 raise InputError(f"prompt {prompt.id}: position {position} does not exist, it is shorter than others")
         return at
 
     def column(self, position: int) -> int:
-        """The column of a position; negative ones count from the end of prompts of one length.
+        """The column of that label; negative ones count from the end of prompts of one length.
 
         Raises:
             InputError: no prompt has it, or it is not in one column.
@@ -142,7 +159,7 @@ def aligned(
         columns = int(clean.prompt_columns.sum(1).max())
     ragged = bool((~clean.prompt_columns[:, :columns]).any())
     labels = np.arange(columns) - (columns if align == "right" and ragged else 0)
-    return Aligned(clean, corrupt, labels, prompts, tokenizer)
+    return Aligned(clean, corrupt, labels, prompts, tokenizer, template)
 
 
 def require_same_tokens(mine: Aligned, theirs: Aligned, prompts: Sequence[Prompt]) -> None:
@@ -189,7 +206,8 @@ def make_grid(
 
     Args:
         by: of "layer", "head", "position"; by default layer × position, and layer × head for sites of heads.
-        layers, heads, positions: which; by default all.
+        layers, heads, positions: which; by default all. The grid names positions by their place in all that is read:
+            in a chat template those of the text by the number of the template's tokens before it and their own.
         window: layers patched together, centred on each layer.
 
     Raises:
@@ -217,8 +235,20 @@ def make_grid(
         "head": list(range(count)) if heads is None else list(heads),
         "position": where.positions.tolist() if positions is None else list(positions),
     }
+    if positions is None:
+        columns = {position: column for column, position in enumerate(chosen["position"])}
+    else:
+        columns = {}
+        for position in positions:
+            at = where.columns(position)
+            if isinstance(at, tuple):
+                raise InputError(
+                    f"position {position} counts from the start of the texts, and these of different lengths are "
+                    "aligned at their end; pass align='left' (--align left)"
+                )
+            columns[int(where.positions[at]) if where.of_text(position) else position] = at
+        chosen["position"] = positions = list(columns)
     coords = {dim: np.array(chosen[dim]) for dim in by}
-    columns = {position: where.column(position) for position in chosen["position"]}
     patches = []
     for values in product(*(chosen[dim] for dim in by)):
         at = dict(zip(by, values, strict=True))

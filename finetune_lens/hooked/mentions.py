@@ -60,24 +60,42 @@ def column_of(prompt: Prompt, encoded: Encoded, row: int, name: str, tokenizer: 
         raise InputError(f"prompt {prompt.id}: position {name!r} does not exist: {field!r} is mentioned {len(found)} ×")
     own = np.flatnonzero((encoded.mask[row] & encoded.prompt_columns[row]).numpy())
     at = found[number][1] - 1 + offset
-    if not 0 <= at < len(own):
-        raise InputError(f"prompt {prompt.id}: position {name!r} lies outside the prompt, which has {len(own)} tokens")
+    if not 0 <= at < len(own) or not encoded.text_columns[row, own[at]]:
+        count = int(encoded.text_columns[row].sum())
+        raise InputError(f"prompt {prompt.id}: position {name!r} lies outside the prompt, which has {count} tokens")
     return int(own[at])
+
+
+def own_column(prompt: Prompt, encoded: Encoded, row: int, number: int) -> int:
+    """The column of a token of the prompt's own text, counted from its first: within a chat template too.
+
+    Raises:
+        InputError: the text has fewer tokens.
+    """
+    own = encoded.text_columns[row].nonzero()[:, 0]
+    if number >= len(own):
+        raise InputError(f"prompt {prompt.id}: position {number} does not exist, its text has {len(own)} tokens")
+    return int(own[number])
 
 
 def _found(
     prompt: Prompt, encoded: Encoded, row: int, field: str, tokenizer: Any, *, whole: bool
 ) -> Sequence[tuple[int, int]]:
-    """(first, after the last) token of every mention; `whole`: only those that begin and end with a token."""
+    """(first, after the last) token of every mention in the prompt's own text, not in a chat template around it.
+
+    `whole`: only those that begin and end with a token.
+    """
     given = prompt.fields.get(field)
     wanted = "".join(given.split()) if isinstance(given, str) else ""
     told = encoded.mask[row] & encoded.prompt_columns[row]
     ids = encoded.ids[row, encoded.mask[row]].tolist()[: int(told.sum())]
+    own = encoded.text_columns[row, encoded.mask[row]].numpy()
     text, starts, ends = spelt(tuple(ids), tokenizer)
     found, at = [], text.find(wanted) if wanted else -1
     while at >= 0:
         begin, end = np.flatnonzero(ends > at)[0], np.flatnonzero(starts < at + len(wanted))[-1] + 1
-        if not whole or (starts[begin] == at and ends[end - 1] == at + len(wanted)):
+        as_asked = not whole or (starts[begin] == at and ends[end - 1] == at + len(wanted))
+        if as_asked and own[begin:end].all():
             found.append((int(begin), int(end)))
         at = text.find(wanted, at + 1)
     if not found:

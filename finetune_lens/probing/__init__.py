@@ -67,6 +67,7 @@ def probe(
     group: str | None = None,
     control: bool = True,
     control_field: str | None = None,
+    template: str = "none",
     batch_size: int | None = None,
     limit: int | None = None,
     seed: int = 0,
@@ -95,6 +96,8 @@ def probe(
         control: fit the control task.
         control_field: the field whose values are the types of the control task. By default the token that is read,
             where its entropy is ln 10 or more, else the text.
+        template: "none"; "each" puts the prompts through the chat template on both sides. Then mentions, means and
+            numbers from 0 on are of the prompt's own text; "last" and negative ones count from where the answer begins.
         batch_size: texts at once.
         check: refuse a pair that fails the trust gate (`check_pair`).
         partial: folder for activations, from which an interrupted call continues.
@@ -109,13 +112,14 @@ def probe(
     from finetune_lens.hooked.features import columns_at
     from finetune_lens.probing.fits import Task, fit_all
     from finetune_lens.probing.labels import controls, read_labels, split, types_of
-    from finetune_lens.prompts import read_prompts
+    from finetune_lens.prompts import read_prompts, require_template
     from finetune_lens.results.probing import Probing
 
     if seeds < 1 or not penalty > 0 or (batch_size is not None and batch_size < 1):
         raise InputError(
             f"seeds and batch size are at least 1, the penalty above 0; found {seeds}, {batch_size}, {penalty}"
         )
+    framed = require_template(template)
     items = read_prompts(prompts, limit=limit if labels is None else None)
     if labels is not None:
         if len(labels) != len(items):
@@ -125,8 +129,8 @@ def probe(
     parts = split(items, target, group=group, test=test, seeds=seeds, seed=seed)
     models = pair.models(device=device, dtype=dtype)
     units, axis = _units(models, site, by)
-    encoded = _encoded(items, models)
-    columns = columns_at(position, items, encoded, models[0].require_tokenizer())
+    encoded = _encoded(items, models, framed)
+    columns = columns_at(position, items, encoded, models[0].require_tokenizer(), template=framed)
     types, what = types_of(items, encoded, columns, control_field)
     if check:
         require_safe(pair, device=device, dtype=dtype)
@@ -183,7 +187,7 @@ def _units(models: "Sequence[HookedModel]", site: str, by: str) -> "tuple[list[U
     return [(name, None) for name in names], "layer"
 
 
-def _encoded(items: "Sequence[Prompt]", models: "Sequence[HookedModel]") -> "Encoded":
+def _encoded(items: "Sequence[Prompt]", models: "Sequence[HookedModel]", template: bool) -> "Encoded":
     """The prompts without their answers, as both models read them.
 
     Raises:
@@ -192,7 +196,8 @@ def _encoded(items: "Sequence[Prompt]", models: "Sequence[HookedModel]") -> "Enc
     from finetune_lens.prompts import encode
 
     bare = [replace(item, answer=(), wrong=(), corrupt=None) for item in items]
-    base, tuned = (encode(bare, m.require_tokenizer(), need_answer=False, padding="right") for m in models)
+    options: dict[str, Any] = {"template": template, "need_answer": False, "padding": "right"}
+    base, tuned = (encode(bare, m.require_tokenizer(), **options) for m in models)
     for row, item in enumerate(items):
         if base.ids[row, base.mask[row]].tolist() != tuned.ids[row, tuned.mask[row]].tolist():
             raise InputError(

@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from finetune_lens.command import Base, OutputFolder, Running, Tuned, Unsafe, finish, run
+from finetune_lens.command import Base, OutputFolder, Running, Template, Tuned, Unsafe, finish, run
 from finetune_lens.probing import probe
 
 
@@ -31,6 +31,7 @@ def probing(
     control_field: Annotated[
         str | None, typer.Option(help="Field that the control task labels at random.", show_default=False)
     ] = None,
+    template: Template = "none",
     unsafe: Unsafe = False,
     common: Running,
 ) -> None:
@@ -45,8 +46,8 @@ def probing(
     folder.check()
     result = probe(
         pair, items, label=label, site=site, position=position, by=by, kind=kind, penalty=penalty, test=test,
-        seeds=seeds, group=group, control=control, control_field=control_field, seed=common.seed, check=not unsafe,
-        partial=folder.partial, **common.execution(),
+        seeds=seeds, group=group, control=control, control_field=control_field, template=template, seed=common.seed,
+        check=not unsafe, partial=folder.partial, **common.execution(),
     )  # fmt: skip
     finish(result, folder, common)
 

@@ -15,7 +15,7 @@ def main() -> None:
 
     import typer
 
-    from finetune_lens.command import CheckFailed, OutputFolder, Running, run
+    from finetune_lens.command import CheckFailed, OutputFolder, Running, Template, run
 
     def report(
         base: Annotated[str | None, typer.Argument(metavar="BASE", help="Base model.", show_default=False)] = None,
@@ -38,6 +38,7 @@ def main() -> None:
             str, typer.Option(help="Of chains of thought: early, mistakes, paraphrase, filler …")
         ] = "early,mistakes,paraphrase,filler",
         samples: Annotated[int, typer.Option(min=1, help="Chains of thought a question.")] = 20,
+        template: Template = "none",
         saved: Annotated[
             list[Path] | None,
             typer.Option("--from", help="Saved results, files or folders, instead of models; may be repeated."),
@@ -69,7 +70,8 @@ def main() -> None:
             pair = common.pair(base, tuned)
             chosen = [test.strip() for test in tests.split(",")]
             inputs = Inputs(
-                pair, base, tuned, prompts, questions, format, texts, chosen, samples, common.seed, common.execution()
+                pair, base, tuned, prompts, questions, format, texts, chosen, samples, template, common.seed,
+                common.execution(),
             )  # fmt: skip
             found = examine(inputs, partial=out / ".report.partial")
             name = title or f"What did fine-tuning do? {Path(base).name} → {Path(tuned).name}"

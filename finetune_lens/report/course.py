@@ -42,7 +42,11 @@ class Examined:
 
 @dataclass(frozen=True)
 class Inputs:
-    """What there is to work with; files as they were given, for the commands that are shown."""
+    """What there is to work with; files as they were given, for the commands that are shown.
+
+    Attributes:
+        template: "none"; "each" puts prompts, questions and texts that were given through the chat template.
+    """
 
     pair: "ModelPair"
     base: str
@@ -53,6 +57,7 @@ class Inputs:
     texts: Path | None = None
     tests: Sequence[str] = ("early", "mistakes", "paraphrase", "filler")
     samples: int = 20
+    template: str = "none"
     seed: int = 0
     execution: dict[str, Any] = field(default_factory=dict)
 
@@ -76,11 +81,12 @@ def examine(inputs: Inputs, *, partial: Path | None = None) -> Examined:
         partial: a folder where finished analyses wait, so that an interrupted run of the same inputs continues.
 
     Raises:
-        InputError: prompts, questions or texts that cannot be read.
+        InputError: prompts, questions or texts that cannot be read; a chat template that a tokenizer lacks.
     """
     from finetune_lens import results
 
     _require_files(inputs)
+    _require_template(inputs)
     found = Examined()
     kept = _kept(inputs, partial)
     stop = ""
@@ -127,6 +133,16 @@ def _require_files(inputs: Inputs) -> None:
         raise InputError(f"tests are of {', '.join(TESTS)}; found {unknown[0]!r}")
 
 
+def _require_template(inputs: Inputs) -> None:
+    """Raise InputError where a tokenizer of models that run lacks the chat template that is asked for."""
+    from finetune_lens.cot.generate import templated
+    from finetune_lens.prompts import require_template
+
+    if require_template(inputs.template) and not _cannot_run(inputs):
+        for side in ("base", "tuned"):
+            templated([""], _model(inputs, side).require_tokenizer())
+
+
 def _save(result: "Result", file: Path) -> None:
     from finetune_lens.files import whole_file
 
@@ -153,7 +169,7 @@ def _kept(inputs: Inputs, partial: Path | None) -> Path | None:
         if (path := getattr(inputs, name)) is not None and path.is_file()
     }
     options = {k: v for k, v in inputs.execution.items() if k not in ("progress", "batch_size")}
-    facts = [inputs.pair.fingerprint, files, [*inputs.tests], inputs.samples, inputs.seed, options]
+    facts = [inputs.pair.fingerprint, files, [*inputs.tests], inputs.samples, inputs.template, inputs.seed, options]
     return partial / hashlib.sha256(json.dumps(facts, default=str).encode()).hexdigest()[:16]
 
 
@@ -184,13 +200,18 @@ def steps(inputs: Inputs) -> Iterator[Step]:
         f"{sides}{_given(inputs.prompts)}",
     )  # fmt: skip
     trusted = {"check": False}
+    framed = {"template": inputs.template}
+    template_flag = "" if inputs.template == "none" else f" --template {inputs.template}"
     scored = {"metric": "logprob", "whole_answer": False} if no_prompts else _scored(inputs, asked)
     whole = {"whole_answer": scored["whole_answer"]}
-    whole_flag = " --whole-answer" if scored["whole_answer"] else ""
+    whole_flag = f"{' --whole-answer' if scored['whole_answer'] else ''}{template_flag}"
     flags = f"{' --metric logprob' if scored['metric'] == 'logprob' else ''}{whole_flag}"
     yield Step(
         "outputs",
-        lambda partial: fl.compare_outputs(pair, asked, partial=partial, **whole, **run, **trusted), no_prompts, True,
+        lambda partial: fl.compare_outputs(
+            pair, asked, partial=partial, **whole, **framed, **run, **trusted
+        ),
+        no_prompts, True,
         f"{sides}{_given(inputs.prompts)}{whole_flag}",
     )  # fmt: skip
 
@@ -198,14 +219,17 @@ def steps(inputs: Inputs) -> Iterator[Step]:
     yield Step(
         "interpolation",
         lambda partial: fl.interpolate(
-            pair, texts.measured, by="layer", objective=texts.objective, partial=partial, **seeded
+            pair, texts.measured, by="layer", objective=texts.objective, template=texts.template, partial=partial,
+            **seeded,
         ),
-        no_model, True, f"{sides} {texts.named} --by layer" if texts.named else "",
+        no_model, True, f"{sides} {texts.named} --by layer{template_flag}" if texts.named else "",
     )  # fmt: skip
     yield Step(
         "representations",
-        lambda partial: fl.compare_representations(pair, texts.read, partial=partial, **seeded, **trusted),
-        no_model, True, f"{sides} {texts.named}" if texts.named else "",
+        lambda partial: fl.compare_representations(
+            pair, texts.read, template=texts.template, partial=partial, **seeded, **trusted
+        ),
+        no_model, True, f"{sides} {texts.named}{template_flag}" if texts.named else "",
     )  # fmt: skip
 
     lacks_corrupt = no_prompts or (
@@ -215,7 +239,7 @@ def steps(inputs: Inputs) -> Iterator[Step]:
         yield Step(
             f"patching-{side}",
             lambda partial, side=side: fl.patch(
-                _model(inputs, side), asked, **scored, align="right", partial=partial, **run
+                _model(inputs, side), asked, **scored, **framed, align="right", partial=partial, **run
             ),
             lacks_corrupt, True,
             f"{name}{_given(inputs.prompts)} --align right{flags}",
@@ -223,7 +247,8 @@ def steps(inputs: Inputs) -> Iterator[Step]:
     yield Step(
         "cmap",
         lambda partial: fl.cross_patch(
-            pair, asked, **scored, method=_method(inputs), align="right", partial=partial, **seeded, **trusted
+            pair, asked, **scored, **framed, method=_method(inputs), align="right", partial=partial, **seeded,
+            **trusted,
         ),
         no_prompts or ("" if all(p.answer for p in asked or ()) else "not every prompt has an answer"), True,
         f"{sides}{_given(inputs.prompts)} --align right{flags}",
@@ -235,7 +260,7 @@ def steps(inputs: Inputs) -> Iterator[Step]:
         sampled = "" if name == "inside_chains" else f" --samples {inputs.samples}"
         yield Step(
             name, lambda partial, run_chains=run_chains: run_chains(inputs, partial), no_questions, True,
-            f"{sides}{_given(inputs.questions)}{formatted}{sampled}", module,
+            f"{sides}{_given(inputs.questions)}{formatted}{sampled}{template_flag}", module,
         )  # fmt: skip
 
 
@@ -249,7 +274,7 @@ def _scored(inputs: Inputs, prompts: "Sequence[Prompt]") -> dict[str, Any]:
 
     tokenizer = _model(inputs, "base").require_tokenizer()
     try:
-        encode(prompts, tokenizer, need_answer=False)
+        encode(prompts, tokenizer, template=inputs.template == "each", need_answer=False)
     except InputError:
         return {"metric": "logprob", "whole_answer": True}
     return {"metric": "logit_diff" if all(p.wrong for p in prompts) else "logprob", "whole_answer": False}
@@ -277,7 +302,7 @@ def _method(inputs: Inputs) -> str:
 
 
 def _asked(inputs: Inputs) -> dict[str, Any]:
-    return {"format": inputs.format, "seed": inputs.seed, **inputs.execution}
+    return {"format": inputs.format, "template": inputs.template, "seed": inputs.seed, **inputs.execution}
 
 
 def _chains(inputs: Inputs, partial: Path | None) -> "Result":
@@ -308,6 +333,7 @@ class Texts:
         objective: of the interpolation.
         read: texts.
         named: as a command line names them; empty where no file has them.
+        template: around them; none around what the models write themselves, which is no message of a user's.
     """
 
     def __init__(self, inputs: Inputs, prompts: Sequence[Any] | None):
@@ -318,6 +344,7 @@ class Texts:
         self._answered = answered
         given = inputs.prompts if prompts and not inputs.texts else inputs.texts
         self.named = str(given) if given else ""
+        self.template = inputs.template if self.named else "none"
 
     @property
     def measured(self) -> Any:
