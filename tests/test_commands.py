@@ -315,15 +315,19 @@ def test_the_list_of_commands(capsys):
     assert "BASE" in capsys.readouterr().err
 
 
+def app_of(name):
+    """What a command would run."""
+    apps = []
+    with pytest.MonkeyPatch.context() as patch, suppress(SystemExit):
+        patch.setattr(typer.Typer, "__call__", lambda app, **_: apps.append(app))
+        importlib.import_module(listing._home(name)).main()
+    return apps[0]
+
+
 def options_of(name):
     """Option → its type, of every subcommand."""
-    apps = []
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(typer.Typer, "__call__", lambda app, **_: apps.append(app))
-        with suppress(SystemExit):
-            importlib.import_module(listing._home(name)).main()
     found = {}
-    for registered in apps[0].registered_commands:
+    for registered in app_of(name).registered_commands:
         for parameter in inspect.signature(registered.callback).parameters.values():
             kind, info = typing.get_args(parameter.annotation)[:2]
             if isinstance(info, typer.models.OptionInfo):
@@ -336,12 +340,7 @@ def options_of(name):
 
 def helps_of(name):
     """The help of every argument and option, and what the command says of itself, of every subcommand."""
-    apps = []
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(typer.Typer, "__call__", lambda app, **_: apps.append(app))
-        with suppress(SystemExit):
-            importlib.import_module(listing._home(name)).main()
-    found = typer.main.get_command(apps[0])
+    found = typer.main.get_command(app_of(name))
     for each in getattr(found, "commands", {"": found}).values():
         yield each, [each.help or "", *(p.help or "" for p in each.params)]
 
