@@ -106,6 +106,15 @@ def test_lost_learnt_and_neither():
     assert text(outputs("full", "base")).startswith("Lost: on the 32 prompts that begin with “<flip>” accuracy falls")
     assert text(outputs("base", "full")).startswith("Learnt:")
     assert text(outputs("full", "full")).startswith("No clear change:")
+    assert "are few" not in text(outputs("full", "full"))
+    some = outputs("base", "full")["outputs"]
+    same = some.data.isel(example=slice(4)).copy(deep=True)
+    same["accuracy"].loc[{"side": "tuned"}] = same["accuracy"].sel(side="base")
+    row = type(some)(same).table().set_index("measure").loc["answer: logprob"]
+    said = text({"outputs": type(some)(same)})
+    assert said.startswith("No clear change of accuracy: on the 4 prompts")
+    assert f"; the log-probability of the answers rises ({row['difference']:+.3g} [" in said
+    assert "4 prompts are few: a 95 % interval over so many holds about 81%" in said
 
 
 def test_more_than_chance_is_said_only_beyond_the_null(found):

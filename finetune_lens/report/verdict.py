@@ -7,6 +7,8 @@ where they do not. The first ones lead: what was learnt, by which method, where.
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from finetune_lens.results.few import caution
+
 if TYPE_CHECKING:
     import pandas as pd
 
@@ -121,11 +123,17 @@ def _outputs(result: "Result") -> list[str]:
     about = _about(result)
     if accuracy and accuracy["base"] is not None:
         word = _direction(accuracy, "rises", "falls", "does not clearly change")
-        learnt = {"rises": "Learnt", "falls": "Lost"}.get(word, "No clear change")
-        return [
+        learnt = {"rises": "Learnt", "falls": "Lost"}.get(word)
+        logprob = measures.get("answer: logprob")
+        moved = _direction(logprob, "rises", "falls", "") if logprob and not learnt else ""
+        learnt = learnt or ("No clear change of accuracy" if moved else "No clear change")
+        said = (
             f"{learnt}: on {about} accuracy {word} from {accuracy['base']:.2f} to {accuracy['tuned']:.2f} "
-            f"({accuracy['difference']:+.2f} [{accuracy['low']:.2f}, {accuracy['high']:.2f}])."
-        ]
+            f"({accuracy['difference']:+.2f} [{accuracy['low']:.2f}, {accuracy['high']:.2f}])"
+        )
+        if moved:
+            said += f"; the log-probability of the answers {moved} ({_signed(logprob)} nats)"
+        return [f"{said}.", *(f"{few}." for few in caution(result.data.sizes["example"], "prompts"))]
     loss, kl = measures["loss on the text"], measures["KL(base ‖ tuned)"]
     word = _direction(loss, "rises", "falls", "does not clearly change")
     return [
